@@ -1,0 +1,249 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The command ``oldmem``. Each subcommand imports what it needs, when it needs it: this runs in a capture kernel."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from typing import TYPE_CHECKING, NoReturn
+
+from guard.errors import Error
+
+if TYPE_CHECKING:
+    from capture.dump import Dump
+    from capture.machine import Machine
+
+VERSION = "0.1.0"
+DONE, FAILED, USAGE, NOT_CAPTURE, INCOMPLETE = 0, 1, 2, 3, 4
+
+EPILOG = """exit status: 0 done, 1 failed, 2 usage, 3 not in a capture environment,
+4 done, but memory was lost that should have been readable (see the report)"""
+
+
+def warn(line: str) -> None:
+    print(f"oldmem: warning: {line}", file=sys.stderr)
+
+
+def write_out(data: bytes, path: str) -> None:
+    """Write to the file *path*, or to standard output where it is "-"."""
+    if path == "-":
+        sys.stdout.buffer.write(data)
+        sys.stdout.buffer.flush()
+        return
+    try:
+        with open(path, "wb") as file:
+            file.write(data)
+    except OSError as e:
+        raise Error(f"{path}: {e.strerror}") from None
+
+
+def open_machine(args: argparse.Namespace) -> Machine:
+    from capture.machine import ImageMachine, LiveMachine
+
+    if args.machine:
+        return ImageMachine(args.machine, args.loop)
+    return LiveMachine(args.source, args.force)
+
+
+def open_dump(args: argparse.Namespace) -> Dump:
+    from capture.dump import build
+
+    dump = build(open_machine(args), args.layout, args.mode)
+    if not args.quiet:
+        for line in dump.problems:
+            warn(line)
+        if args.verbose:
+            for report in dump.machine.reports.values():
+                for line in report.problems:
+                    warn(line)
+            print(f"oldmem: memory read from {dump.machine.source}", file=sys.stderr)
+    return dump
+
+
+def finished(dump: Dump) -> int:
+    """The exit status that says whether everything readable could be read; tells what could not."""
+    faults = dump.memory.faults()
+    lost = dump.lost()
+    for fault in faults:
+        warn(f"{fault.range} could not be read and is zeros: {os.strerror(fault.errno)}")
+    for r in lost:
+        warn(f"{r} is RAM, but no source shows it; it is zeros")
+    dump.close()
+    return INCOMPLETE if faults or lost else DONE
+
+
+def cmd_map(args: argparse.Namespace) -> int:
+    from capture import report
+
+    dump = open_dump(args)
+    if args.compare:
+        print(report.compare_text(dump.compare()), end="")
+    elif args.json:
+        write_out(report.as_json(report.map_json(dump)), "-")
+    else:
+        print(report.map_text(dump), end="")
+    return finished(dump)
+
+
+def cmd_plug(args: argparse.Namespace) -> int:
+    from capture import report
+
+    machine = open_machine(args)
+    if args.json:
+        write_out(report.as_json({"devices": [report.device_json(d) for d in machine.devices]}), "-")
+    else:
+        print(report.plug_text(machine.devices), end="")
+    for line in [*machine.problems, *(f"{d.name}: {p}" for d in machine.devices for p in d.problems)]:
+        warn(line)
+    unknown = any(d.bitmap is None for d in machine.devices)
+    machine.close()
+    return INCOMPLETE if unknown else DONE
+
+
+def cmd_header(args: argparse.Namespace) -> int:
+    dump = open_dump(args)
+    write_out(dump.core.header, args.output)
+    return finished(dump)
+
+
+def cmd_save(args: argparse.Namespace) -> int:
+    from capture.save import save
+
+    dump = open_dump(args)
+    save(dump.vmcore, args.output, sys.stderr)
+    print("oldmem: saving vmcore complete", file=sys.stderr)
+    return finished(dump)
+
+
+def cmd_mount(args: argparse.Namespace) -> int:
+    from capture.background import serve_in_background, serve_until_stopped
+    from capture.fuse import FuseServer
+    from capture.init import texts
+
+    if not os.path.exists(args.target):
+        raise Error(f"{args.target}: no such file or folder to mount on")
+    dump = open_dump(args)
+    server = FuseServer(dump.vmcore, args.target, texts(dump), args.direct)  # type: ignore[arg-type]
+    if args.foreground:
+        serve_until_stopped(server, [args.target])
+        return finished(dump)
+    probe = os.path.join(args.target, "vmcore") if os.path.isdir(args.target) else args.target
+    serve_in_background(server, probe, [args.target])
+    return DONE
+
+
+def cmd_init(args: argparse.Namespace) -> int:
+    from capture.init import bring_up
+
+    dump = open_dump(args)
+    where = bring_up(dump)
+    print(f"oldmem: guarded vmcore at {where} ({dump.vmcore.size} bytes), report in /run/oldmem/guard.json")
+    return DONE
+
+
+def cmd_record(args: argparse.Namespace) -> int:
+    from capture.record import record
+
+    dump = open_dump(args)
+    for line in record(dump, args.folder):
+        print(f"oldmem: {line}")
+    return DONE
+
+
+def cmd_check(args: argparse.Namespace) -> int:
+    from capture.check import check
+
+    wrong, has = check(args.file)
+    for line in has:
+        print(f"{args.file}: {line}")
+    for line in wrong:
+        print(f"{args.file}: WRONG: {line}")
+    return FAILED if wrong else DONE
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(
+        prog="oldmem",
+        description="Build the vmcore header of a dead machine after the crash, and guard every read of its memory.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    top.add_argument("--version", action="version", version=f"oldmem {VERSION}")
+    machine = argparse.ArgumentParser(add_help=False)
+    group = machine.add_argument_group("machine (default: the one that this capture kernel came from)")
+    group.add_argument("--machine", metavar="DIR", help="a recorded machine: folder with machine.json and images")
+    group.add_argument("--loop", action="store_true", help="attach its images as read-only loop devices")
+    group.add_argument("--source", choices=("auto", "devmem", "vmcore"), default="auto", help="where to read memory")
+    group.add_argument("--force", action="store_true", help="go on where this does not look like a capture kernel")
+    machine.add_argument("-v", "--verbose", action="store_true", help="tell what each source could not read")
+    machine.add_argument("-q", "--quiet", action="store_true", help="no warnings before the work is done")
+    layout = argparse.ArgumentParser(add_help=False)
+    layout.add_argument(
+        "--layout",
+        choices=("cut", "kernel"),
+        default="cut",
+        help="PT_LOADs cut by the plug bitmap, or as the kernel lays them out",
+    )
+    layout.add_argument(
+        "--mode",
+        choices=("dynamic", "preloaded"),
+        default="dynamic",
+        help="build the header, or take the kernel's own as it is",
+    )
+    sub = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    both = [machine, layout]
+
+    p = sub.add_parser("map", parents=both, help="what memory there was, how that is known, and what is refused")
+    p.add_argument("--json", action="store_true")
+    p.add_argument("--compare", action="store_true", help="what the preloaded header misses or has too much")
+    p.set_defaults(run=cmd_map)
+    p = sub.add_parser("plug", parents=[machine], help="virtio-mem devices and their plug bitmaps")
+    p.add_argument("--json", action="store_true")
+    p.set_defaults(run=cmd_plug)
+    p = sub.add_parser("header", parents=both, help="the header alone, as the vmcore starts")
+    p.add_argument("-o", "--output", metavar="FILE", required=True, help='"-" for standard output')
+    p.set_defaults(run=cmd_header)
+    p = sub.add_parser("mount", parents=both, help="serve the vmcore over a file, or as a folder")
+    p.add_argument("target", help="a file (/proc/vmcore too) or a folder")
+    p.add_argument("--foreground", action="store_true", help="stay until unmounted or interrupted")
+    p.add_argument("--direct", action="store_true", help="a file without page cache: for dd and other large reads")
+    p.set_defaults(run=cmd_mount)
+    p = sub.add_parser("save", parents=both, help="guarded copy, sparse, with progress")
+    p.add_argument("-o", "--output", metavar="OUT", required=True, help='"-" streams to standard output')
+    p.set_defaults(run=cmd_save)
+    p = sub.add_parser("check", help="verify a vmcore")
+    p.add_argument("file")
+    p.set_defaults(run=cmd_check)
+    p = sub.add_parser("record", parents=both, help="write this machine's state as a folder for --machine")
+    p.add_argument("folder")
+    p.set_defaults(run=cmd_record)
+    p = sub.add_parser("init", parents=both, help="the capture-kernel step: a guarded vmcore over /proc/vmcore")
+    p.set_defaults(run=cmd_init)
+    return top
+
+
+def run(argv: list[str] | None = None) -> int:
+    args = parser().parse_args(argv)
+    try:
+        return int(args.run(args))
+    except Error as e:
+        from capture.machine import NotCaptureError
+
+        print(f"oldmem: {e}", file=sys.stderr)
+        return NOT_CAPTURE if isinstance(e, NotCaptureError) else FAILED
+    except KeyboardInterrupt:
+        return 128 + 2
+
+
+def main() -> NoReturn:
+    code = run()
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,30 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Which files the capture path needs, by the program's own report: an initramfs holds these and nothing else.
+
+Not in it: check (pyelftools, for healthy systems) and record's companions."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+MODULES = (
+    "capture.cli",
+    "capture.background",
+    "capture.init",
+    "capture.record",
+    "capture.save",
+    # the interpreter imports these late, for the terminal's encoding, file names and errors
+    "encodings.ascii",
+    "encodings.latin_1",
+    "encodings.utf_8",
+    "encodings.unicode_escape",
+)
+
+
+def closure() -> list[str]:
+    """Import all of the capture path and return the file of every module that is loaded then."""
+    for name in MODULES:
+        importlib.import_module(name)
+    files = (getattr(module, "__file__", None) for module in list(sys.modules.values()))
+    return sorted({file for file in files if file})

@@ -1,0 +1,293 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+#define _GNU_SOURCE
+#include "fuse.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <linux/fuse.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <sys/uio.h>
+#include <unistd.h>
+
+/* linux/fuse.h of 7.39 (Linux 6.6) on has it; kernels that do not know the bit do not offer it */
+#ifndef FUSE_DIRECT_IO_ALLOW_MMAP
+#define FUSE_DIRECT_IO_ALLOW_MMAP (UINT64_C(1) << 36)
+#endif
+
+enum { FOREVER = 3600, REQUEST_SIZE = FUSE_MIN_READ_BUFFER };
+
+static int reply(const struct fuse_server *s, uint64_t unique, int error, const void *body, size_t size)
+{
+	struct fuse_out_header h = { .len = (uint32_t)(sizeof(h) + size), .error = error, .unique = unique };
+	struct iovec v[2] = { { &h, sizeof(h) }, { (void *)body, size } };
+
+	/* ENOENT: the request was interrupted and is gone; that is the kernel's business */
+	if (writev(s->fd, v, size ? 2 : 1) < 0 && errno != ENOENT)
+		return -errno;
+	return 0;
+}
+
+static uint64_t node_size(const struct fuse_server *s, const struct fuse_node *node)
+{
+	switch (node->kind) {
+	case FUSE_NODE_FOLDER:
+		return 0;
+	case FUSE_NODE_TEXT:
+		return node->text_size;
+	default:
+		return s->view->size;
+	}
+}
+
+static struct fuse_attr attr_of(const struct fuse_server *s, size_t i)
+{
+	const struct fuse_node *node = &s->nodes[i];
+	uint64_t size = node_size(s, node), time = (uint64_t)s->time;
+	bool folder = node->kind == FUSE_NODE_FOLDER;
+
+	return (struct fuse_attr){
+		.ino = i + 1, .size = size, .blocks = (size + 511) / 512, .blksize = 4096,
+		.atime = time, .mtime = time, .ctime = time,
+		.mode = folder ? S_IFDIR | 0500 : S_IFREG | 0400, .nlink = folder ? 2 : 1,
+	};
+}
+
+/* Text sizes change with their text; everything else never does. */
+static uint64_t attr_lifetime(const struct fuse_node *node)
+{
+	return node->kind == FUSE_NODE_TEXT ? 0 : FOREVER;
+}
+
+static int do_init(const struct fuse_server *s, uint64_t unique, const struct fuse_init_in *in)
+{
+	uint64_t offered = in->flags, flags = FUSE_ASYNC_READ | FUSE_MAX_PAGES | FUSE_INIT_EXT | FUSE_DIRECT_IO_ALLOW_MMAP;
+	struct fuse_init_out out = {
+		.major = FUSE_KERNEL_VERSION, .minor = FUSE_KERNEL_MINOR_VERSION, .max_readahead = s->max_read,
+		.max_background = 4, .congestion_threshold = 3, .max_write = 4096, .time_gran = 1,
+		.max_pages = (uint16_t)(s->max_read / 4096),
+	};
+
+	if (in->major < 7)
+		return reply(s, unique, -EPROTO, NULL, 0);
+	if (in->major == 7 && in->minor < out.minor)
+		out.minor = in->minor;
+	if (offered & FUSE_INIT_EXT)
+		offered |= (uint64_t)in->flags2 << 32;
+	flags &= offered;
+	out.flags = (uint32_t)flags;
+	out.flags2 = (uint32_t)(flags >> 32);
+	return reply(s, unique, 0, &out, sizeof(out));
+}
+
+static int do_lookup(const struct fuse_server *s, uint64_t unique, size_t parent, const char *name, size_t room)
+{
+	if (s->nodes[parent].kind != FUSE_NODE_FOLDER)
+		return reply(s, unique, -ENOTDIR, NULL, 0);
+	for (size_t i = 1; i < s->n; i++) {
+		if (strnlen(name, room) == room || strcmp(name, s->nodes[i].name))
+			continue;
+		struct fuse_entry_out out = {
+			.nodeid = i + 1, .entry_valid = FOREVER, .attr_valid = attr_lifetime(&s->nodes[i]),
+			.attr = attr_of(s, i),
+		};
+		return reply(s, unique, 0, &out, sizeof(out));
+	}
+	return reply(s, unique, -ENOENT, NULL, 0);
+}
+
+static int do_getattr(const struct fuse_server *s, uint64_t unique, size_t node)
+{
+	struct fuse_attr_out out = { .attr_valid = attr_lifetime(&s->nodes[node]), .attr = attr_of(s, node) };
+
+	return reply(s, unique, 0, &out, sizeof(out));
+}
+
+static int do_readdir(const struct fuse_server *s, uint64_t unique, const struct fuse_read_in *in)
+{
+	uint8_t *end = s->buffer;
+	size_t room = in->size < s->max_read ? in->size : s->max_read;
+
+	for (size_t i = in->offset + 1; i < s->n; i++) {
+		struct fuse_dirent entry = {
+			.ino = i + 1, .off = i, .type = S_IFREG >> 12, .namelen = (uint32_t)strlen(s->nodes[i].name),
+		};
+		size_t size = FUSE_DIRENT_ALIGN(FUSE_NAME_OFFSET + entry.namelen);
+
+		if ((size_t)(end - s->buffer) + size > room)
+			break;
+		memset(end, 0, size);
+		memcpy(end, &entry, FUSE_NAME_OFFSET);
+		memcpy(end + FUSE_NAME_OFFSET, s->nodes[i].name, entry.namelen);
+		end += size;
+	}
+	return reply(s, unique, 0, s->buffer, (size_t)(end - s->buffer));
+}
+
+static int do_open(const struct fuse_server *s, uint64_t unique, size_t node, const struct fuse_open_in *in)
+{
+	static const uint32_t flags[] = {
+		[FUSE_NODE_CACHED] = FOPEN_KEEP_CACHE,
+		[FUSE_NODE_DIRECT] = FOPEN_DIRECT_IO,
+		[FUSE_NODE_TEXT] = FOPEN_DIRECT_IO,
+	};
+	struct fuse_open_out out = { .open_flags = flags[s->nodes[node].kind] };
+
+	if ((in->flags & O_ACCMODE) != O_RDONLY)
+		return reply(s, unique, -EROFS, NULL, 0);
+	return reply(s, unique, 0, &out, sizeof(out));
+}
+
+static int do_read(const struct fuse_server *s, uint64_t unique, size_t node, const struct fuse_read_in *in)
+{
+	const struct fuse_node *what = &s->nodes[node];
+	size_t size = in->size < s->max_read ? in->size : s->max_read;
+
+	if (what->kind == FUSE_NODE_FOLDER)
+		return reply(s, unique, -EISDIR, NULL, 0);
+	if (what->kind == FUSE_NODE_TEXT) {
+		if (in->offset >= what->text_size)
+			size = 0;
+		else if (size > what->text_size - in->offset)
+			size = (size_t)(what->text_size - in->offset);
+		return reply(s, unique, 0, size ? what->text + in->offset : NULL, size);
+	}
+	size = view_read(s->view, in->offset, s->buffer, size);
+	return reply(s, unique, 0, s->buffer, size);
+}
+
+static int do_statfs(const struct fuse_server *s, uint64_t unique)
+{
+	struct fuse_statfs_out out = {
+		.st = { .blocks = s->view->size / 4096, .files = s->n, .bsize = 4096, .frsize = 4096, .namelen = 23 },
+	};
+
+	return reply(s, unique, 0, &out, sizeof(out));
+}
+
+/* Bytes that the operation's argument must at least have; what is not listed takes none. */
+static size_t argument_size(uint32_t opcode)
+{
+	switch (opcode) {
+	case FUSE_INIT:
+		return offsetof(struct fuse_init_in, flags2);
+	case FUSE_OPEN:
+	case FUSE_OPENDIR:
+		return sizeof(struct fuse_open_in);
+	case FUSE_READ:
+	case FUSE_READDIR:
+		return sizeof(struct fuse_read_in);
+	case FUSE_LOOKUP:
+		return 1;
+	default:
+		return 0;
+	}
+}
+
+int fuse_serve(struct fuse_server *s)
+{
+	union {
+		struct fuse_in_header h;
+		uint8_t bytes[REQUEST_SIZE];
+	} in;
+	const void *arg = in.bytes + sizeof(in.h);
+
+	if (s->pending_open) {
+		struct fuse_open_in read_only = { .flags = O_RDONLY };
+		int err = do_open(s, s->pending_open, s->refresh, &read_only);
+
+		s->pending_open = 0;
+		if (err)
+			return err;
+	}
+	for (;;) {
+		ssize_t got = read(s->fd, in.bytes, sizeof(in.bytes));
+		uint64_t unique;
+		size_t node;
+		int err;
+
+		if (got < 0 && (errno == ENOENT || errno == EAGAIN))
+			continue;	/* interrupted before we saw it */
+		if (got < 0)
+			return errno == ENODEV ? FUSE_SERVE_ENDED : -errno;
+		if ((size_t)got < sizeof(in.h))
+			return -EPROTO;
+		s->requests++;
+		unique = in.h.unique;
+		if ((size_t)got < sizeof(in.h) + argument_size(in.h.opcode)) {
+			reply(s, unique, -EINVAL, NULL, 0);
+			continue;
+		}
+		/* FUSE_INIT and FUSE_DESTROY name no node; the root stands in for them */
+		node = in.h.nodeid ? (size_t)in.h.nodeid - 1 : 0;
+		if (node >= s->n) {
+			reply(s, unique, -ESTALE, NULL, 0);
+			continue;
+		}
+		switch (in.h.opcode) {
+		case FUSE_INIT:
+			if ((size_t)got < sizeof(in.h) + sizeof(struct fuse_init_in))
+				memset(in.bytes + got, 0, sizeof(in.h) + sizeof(struct fuse_init_in) - (size_t)got);
+			err = do_init(s, unique, arg);
+			break;
+		case FUSE_LOOKUP:
+			err = do_lookup(s, unique, node, arg, (size_t)got - sizeof(in.h));
+			break;
+		case FUSE_GETATTR:
+			err = do_getattr(s, unique, node);
+			break;
+		case FUSE_OPENDIR:
+			err = reply(s, unique, 0, &(struct fuse_open_out){ 0 }, sizeof(struct fuse_open_out));
+			break;
+		case FUSE_READDIR:
+			err = do_readdir(s, unique, arg);
+			break;
+		case FUSE_OPEN:
+			if (s->nodes[node].kind == FUSE_NODE_TEXT
+			    && (((const struct fuse_open_in *)arg)->flags & O_ACCMODE) == O_RDONLY) {
+				s->refresh = node;
+				s->pending_open = unique;
+				return FUSE_SERVE_REFRESH;
+			}
+			err = do_open(s, unique, node, arg);
+			break;
+		case FUSE_READ:
+			s->reads++;
+			err = do_read(s, unique, node, arg);
+			break;
+		case FUSE_STATFS:
+			err = do_statfs(s, unique);
+			break;
+		case FUSE_FLUSH:
+		case FUSE_RELEASE:
+		case FUSE_RELEASEDIR:
+			err = reply(s, unique, 0, NULL, 0);
+			break;
+		case FUSE_FORGET:
+		case FUSE_BATCH_FORGET:
+		case FUSE_INTERRUPT:
+			/* never answered. An INTERRUPT can only name a request that this one thread has answered already */
+			continue;
+		case FUSE_DESTROY:
+			reply(s, unique, 0, NULL, 0);
+			return FUSE_SERVE_ENDED;
+		case FUSE_WRITE:
+		case FUSE_SETATTR:
+		case FUSE_CREATE:
+		case FUSE_MKNOD:
+		case FUSE_MKDIR:
+		case FUSE_UNLINK:
+		case FUSE_RMDIR:
+		case FUSE_RENAME:
+		case FUSE_RENAME2:
+		case FUSE_SYMLINK:
+		case FUSE_LINK:
+			err = reply(s, unique, -EROFS, NULL, 0);
+			break;
+		default:
+			err = reply(s, unique, -ENOSYS, NULL, 0);
+		}
+		if (err)
+			return err;
+	}
+}

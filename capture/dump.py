@@ -1,0 +1,214 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""From a machine to its vmcore: the one line that the data takes.
+
+sources -> envelope and rules -> gated memory -> the dead kernel's records -> memory map -> header -> vmcore."""
+
+from __future__ import annotations
+
+import warnings
+from typing import NamedTuple
+
+from capture import elfcore, memory_map, x86_64
+from capture.elfcore import Core, Extent
+from capture.machine import Machine
+from capture.memory_map import Entry
+from capture.sources import report
+from capture.vmcore import Vmcore
+from guard import procvmcore
+from guard.errors import Error, ReadError, SourceError, WitnessError
+from guard.physmem import ExactMemory, OldMemory, layer, only
+from guard.ranges import Range, RangeSet
+from guard.registry import GuardWarning, Registry
+from guard.witness.dead_kernel import DeadKernel
+from guard.witness.memory import Problems
+from guard.witness.scan import scan
+from guard.witness.vmcoreinfo import Vmcoreinfo, note_at
+
+CUT, KERNEL = "cut", "kernel"
+DYNAMIC, PRELOADED = "dynamic", "preloaded"
+
+# p_align of the merged PT_NOTE where no /proc/vmcore shows what the running kernel does: what current ones do
+DEFAULT_NOTE_ALIGN = 4
+
+
+class Difference(NamedTuple):
+    """A range in which the preloaded header and the memory map do not agree."""
+
+    range: Range
+    what: str  # "missing" from the preloaded header, or "too much" in it
+    why: str
+
+
+class Dump:
+    """Everything about one dump. Raises SourceError or Error if there is nothing to build it from; whatever else is
+    wrong is a line in ``problems`` and the rest goes on."""
+
+    def __init__(self, machine: Machine, layout: str = CUT, mode: str = DYNAMIC) -> None:
+        if machine.arch != "x86_64":
+            raise Error(f"machine architecture {machine.arch}: headers are built for x86_64 only")
+        self.machine, self.layout, self.mode = machine, layout, mode
+        self.problems: Problems = machine.problems
+        self.registry = Registry(machine.page_size)
+        devices = machine.devices
+        self.envelope = memory_map.envelope(machine.reports, devices, machine.images, self.problems)
+        self._widen_by_preloaded()
+        if not self.envelope.boot:
+            raise SourceError("no source tells where the dead machine's RAM was: " + "; ".join(self._unavailable()))
+        memory_map.install_rules(self.registry, self.envelope, self._foreign(), devices)
+        segments = machine.open_segments(self.envelope)
+        if mode == PRELOADED and machine.core_fd is not None and machine.core_header is not None:
+            # low memory that kexec backed up: only the kernel's own header knows where it went
+            kernels = procvmcore.segments(machine.core_fd, machine.core_header)
+            segments = layer(only(kernels, machine.own), only(segments, self.envelope.all - machine.own))
+        self.memory = OldMemory(segments, self.registry)
+        self.exact = ExactMemory(self.memory)
+        self.info = self._find_vmcoreinfo()
+        self.dead = self._question(self.info)
+        self.system_ram = RangeSet()
+        self.reserved = RangeSet()
+        if self.dead:
+            self._hear_witness(self.dead)
+        self.core = self._preloaded() if mode == PRELOADED else self._dynamic()
+        self.vmcore = Vmcore(self.core, self.memory)
+        self.registry.opened = True
+        if self.dead:
+            for line in self.dead.problems:
+                self.problems.note(line)
+        for device in devices:
+            for line in device.problems:
+                self.problems.note(f"{device.name}: {line}")
+
+    def _unavailable(self) -> list[str]:
+        return [line for r in self.machine.reports.values() if not r.available for line in r.problems]
+
+    def _widen_by_preloaded(self) -> None:
+        """Without any firmware source the kernel's own header is the best there is; it was right once."""
+        header = self.machine.core_header
+        if self.envelope.boot or header is None:
+            return
+        ram = RangeSet((p.paddr, p.paddr + p.memsz) for p in header.loads) - self.envelope.regions
+        self.envelope = self.envelope._replace(boot=ram, source="preloaded header")
+        self.problems.note("no firmware source tells of boot RAM; the preloaded header's PT_LOADs are taken for it")
+
+    def _foreign(self) -> RangeSet:
+        """What must not be read as old memory because it is the capture kernel's."""
+        own = self.machine.own
+        if self.mode == PRELOADED and self.machine.core_header is not None:
+            own -= RangeSet((p.paddr, p.paddr + p.memsz) for p in self.machine.core_header.loads)
+        return own
+
+    def _find_vmcoreinfo(self) -> Vmcoreinfo | None:
+        paddr = self.machine.vmcoreinfo_paddr
+        if paddr is not None:
+            try:
+                return note_at(self.exact, paddr)
+            except (WitnessError, ReadError) as e:
+                self.problems.note(f"VMCOREINFO note at {paddr:#x}, where it was said to be: {e}; searching for it")
+        searched = self.registry.ram(self.envelope.all & self.memory.covered)
+        found = scan(self.exact, searched, self.machine.own_vmcoreinfo)
+        if not found:
+            self.problems.note(f"no VMCOREINFO note in {searched.size >> 20} MiB of old memory: no notes, no symbols")
+            return None
+        best = found[0]
+        self.problems.note(
+            f"VMCOREINFO note found by searching at {best.info.paddr or 0:#x} ({', '.join(best.reasons)})"
+        )
+        return best.info
+
+    def _question(self, info: Vmcoreinfo | None) -> DeadKernel | None:
+        if info is None:
+            return None
+        try:
+            return DeadKernel(self.exact, info)
+        except (WitnessError, ReadError) as e:
+            self.problems.note(f"dead kernel's records: {e}; firmware and devices alone are believed")
+            return None
+
+    def _hear_witness(self, dead: DeadKernel) -> None:
+        reserved = [(r.name, r.start, r.end) for r in dead.reservations()]
+        self.reserved = memory_map.plausible_reservations(reserved, self.machine.own, self.problems)
+        self.system_ram = RangeSet((r.start, r.end) for r in dead.system_ram())
+        witnessed = memory_map.witnessed_ram(self.envelope, self.system_ram, self.problems)
+        if witnessed is not None:
+            memory_map.install_witness(self.registry, self.envelope, witnessed)
+        for device in self.machine.devices:
+            unknown = device.plugged - self.system_ram
+            if unknown and self.system_ram:
+                self.problems.note(f"{device.name}: {unknown} is plugged but was no System RAM of the dead kernel")
+
+    def readable(self) -> RangeSet:
+        """What the vmcore has of old memory, in whole pages."""
+        return self.registry.ram(self.envelope.all - self.reserved)
+
+    def _dynamic(self) -> Core:
+        shape = x86_64.shape(self.dead, self.info, self.problems)
+        if self.layout == KERNEL and self.dead and self.system_ram:
+            ranges = x86_64.kernel_ranges(self.dead, self.reserved)
+        else:
+            if self.layout == KERNEL:
+                self.problems.note("layout kernel needs the dead kernel's resource tree; laid out by the memory map")
+            ranges = list(self.readable())
+        loads = ([shape.text] if shape.text else []) + [shape.load(r) for r in ranges]
+        align = self.machine.phdr_note_align
+        note_align = DEFAULT_NOTE_ALIGN if align is None else align
+        return elfcore.build(shape.machine, shape.notes, loads, note_align, self.machine.page_size)
+
+    def _preloaded(self) -> Core:
+        data = self.machine.core_header_bytes()
+        header = self.machine.core_header
+        assert header is not None
+        mask = self.machine.page_size - 1
+        extents = []
+        for p in header.loads:
+            start, end = p.paddr & ~mask, (p.paddr + p.memsz + mask) & ~mask
+            extents.append(Extent(p.offset - (p.paddr - start), end - start, start))
+        extents.sort()
+        size = max((e.offset + e.size for e in extents), default=len(data))
+        return Core(data, tuple(extents), size, header.phdrs)
+
+    def map(self) -> list[Entry]:
+        """The memory map with provenance, ascending."""
+        claims = {name: r.ranges(report.RAM) for name, r in self.machine.reports.items() if r.ranges(report.RAM)}
+        claims |= {d.name: d.plugged for d in self.machine.devices if d.bitmap is not None}
+        if self.system_ram:
+            claims["dead kernel"] = self.system_ram
+        if self.machine.core_header:
+            claims["preloaded"] = self.preloaded_ranges()
+        return memory_map.entries(self.registry, self.envelope, self.machine.devices, claims)
+
+    def preloaded_ranges(self) -> RangeSet:
+        """What the kernel's own header covers. Raises SourceError where there is none."""
+        header = self.machine.core_header
+        if header is None:
+            raise SourceError(f"{procvmcore.PATH}: the kernel made none: there is no preloaded header to compare with")
+        return RangeSet((p.paddr, p.paddr + p.memsz) for p in header.loads)
+
+    def compare(self) -> list[Difference]:
+        """Range by range, what the preloaded header misses of what can be read, or has too much."""
+        preloaded = self.preloaded_ranges()
+        readable = self.readable()
+        found = [Difference(r, "missing", "RAM that the preloaded header does not list") for r in readable - preloaded]
+        for r in (preloaded - readable).outer_pages(self.machine.page_size):
+            for run, rule in self.registry.verdicts(*r):
+                if rule:
+                    found.append(Difference(run, "too much", f"{rule.name}: {rule.reason}"))
+        return sorted(found)
+
+    def lost(self) -> RangeSet:
+        """Readable RAM that no source shows: it stays zero in the vmcore."""
+        return self.readable() - self.memory.covered
+
+    def close(self) -> None:
+        self.memory.close()
+        self.machine.close()
+
+
+def build(machine: Machine, layout: str = CUT, mode: str = DYNAMIC) -> Dump:
+    """A Dump, with the machine closed again if that fails."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", GuardWarning)
+            return Dump(machine, layout, mode)
+    except BaseException:
+        machine.close()
+        raise

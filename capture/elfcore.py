@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The ELF header of a vmcore, byte for byte as /proc/vmcore starts.
+
+Layout of fs/proc/vmcore.c: ELF header and program headers, padded to a page; all notes merged into one PT_NOTE,
+phdr 0, padded to a page; then each PT_LOAD's pages back to back, p_offset in the page where p_paddr is in its page.
+Knows neither where the ranges come from nor what machine they are of."""
+
+from __future__ import annotations
+
+import struct
+from typing import NamedTuple
+
+from guard.procvmcore import EHDR_SIZE, PHDR_SIZE, PN_XNUM, PT_LOAD, PT_NOTE, SHDR_SIZE, ProgramHeader
+
+ET_CORE = 4
+EV_CURRENT = 1
+PF_RWX = 7
+
+
+class Load(NamedTuple):
+    """A PT_LOAD to be: physical and virtual address, size in file and memory, p_align; all in bytes."""
+
+    paddr: int
+    vaddr: int
+    size: int
+    align: int = 0
+
+
+class Extent(NamedTuple):
+    """[offset, offset + size) of the file is old memory from physical address paddr on; whole pages, bytes."""
+
+    offset: int
+    size: int
+    paddr: int
+
+
+class Core(NamedTuple):
+    """A vmcore to be: the bytes before memory begins, where memory lies behind them, and the file's size."""
+
+    header: bytes
+    extents: tuple[Extent, ...]
+    size: int
+    phdrs: tuple[ProgramHeader, ...]
+
+
+def page_align(n: int, page_size: int) -> int:
+    return (n + page_size - 1) & -page_size
+
+
+def build(
+    machine: int, notes: bytes, loads: list[Load], note_align: int, page_size: int = 4096, byteorder: str = "<"
+) -> Core:
+    """Lay out a vmcore. *machine* is e_machine, *notes* the merged notes without an empty one at the end.
+
+    *note_align* is the merged PT_NOTE's p_align: 4 in current kernels, 0 up to some release after 6.1.
+    More than 65534 program headers use PN_XNUM (System V gABI, "Program Header"): e_phnum is 0xffff and section
+    header 0, behind the program headers, has the count in sh_info."""
+    count = len(loads) + 1
+    extended = count >= PN_XNUM
+    table_size = EHDR_SIZE + count * PHDR_SIZE
+    note_offset = page_align(table_size + extended * SHDR_SIZE, page_size)
+    offset = note_offset + page_align(len(notes), page_size)
+    phdrs = [ProgramHeader(PT_NOTE, 0, note_offset, 0, 0, len(notes), len(notes), note_align)]
+    extents = []
+    for load in loads:
+        start = load.paddr & -page_size
+        size = page_align(load.paddr + load.size, page_size) - start
+        p_offset = offset + load.paddr - start
+        phdrs.append(ProgramHeader(PT_LOAD, PF_RWX, p_offset, load.vaddr, load.paddr, load.size, load.size, load.align))
+        extents.append(Extent(offset, size, start))
+        offset += size
+    ident = b"\x7fELF" + bytes((2, 1 if byteorder == "<" else 2, EV_CURRENT)) + bytes(9)
+    ehdr = struct.pack(
+        byteorder + "16sHHIQQQIHHHHHH",
+        *(ident, ET_CORE, machine, EV_CURRENT, 0, EHDR_SIZE, table_size if extended else 0, 0, EHDR_SIZE, PHDR_SIZE),
+        *(PN_XNUM if extended else count, SHDR_SIZE if extended else 0, int(extended), 0),
+    )
+    header = bytearray(note_offset + page_align(len(notes), page_size))
+    header[: len(ehdr)] = ehdr
+    for i, p in enumerate(phdrs):
+        struct.pack_into(byteorder + "IIQQQQQQ", header, EHDR_SIZE + i * PHDR_SIZE, *p)
+    if extended:
+        struct.pack_into(byteorder + "I", header, table_size + 44, count)
+    header[note_offset : note_offset + len(notes)] = notes
+    return Core(bytes(header), tuple(extents), offset, tuple(phdrs))

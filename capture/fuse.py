@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Serving a vmcore through raw /dev/fuse and mount(2), without libfuse: over one file (/proc/vmcore), or as a folder
+with the vmcore for mmap and small reads, vmcore.direct for large ones, and reports. The request loop is C."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import mmap
+import os
+import stat
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from capture.vmcore import Vmcore
+from guard._core import ffi, lib
+from guard.errors import Error
+
+if TYPE_CHECKING:
+    from guard._core import CData
+
+# include/uapi/linux/mount.h, fs.h
+MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_BIND = 1, 2, 4, 8, 4096
+MNT_DETACH = 2
+
+# One READ: the most that FUSE_MAX_PAGES allows by default; makedumpfile and dd live on large requests
+MAX_READ = 1 << 20
+READ_AHEAD_KB = 1024
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def mount(source: str, target: str, kind: str | None, flags: int, options: str | None) -> None:
+    """mount(2). Raises Error naming the target and the reason."""
+
+    def encode(text: str | None) -> bytes | None:
+        return None if text is None else os.fsencode(text)
+
+    if _libc.mount(encode(source), encode(target), encode(kind), ctypes.c_ulong(flags), encode(options)):
+        raise Error(f"cannot mount on {target}: {os.strerror(ctypes.get_errno())}")
+
+
+def unmount(target: str) -> None:
+    """Detach the topmost mount on *target*; what still has files open keeps them. No mount there is no error."""
+    _libc.umount2(os.fsencode(target), MNT_DETACH)
+
+
+def mounted_device(target: str) -> str | None:
+    """major:minor of the topmost mount on *target*, from mountinfo: stat(2) would already ask the server."""
+    path = os.path.realpath(os.path.dirname(target) or ".").rstrip("/") + "/" + os.path.basename(target)
+    found = None
+    with open("/proc/self/mountinfo", encoding="utf-8", errors="replace") as file:
+        for line in file:
+            fields = line.split()
+            if fields[4].encode().decode("unicode_escape") == path:
+                found = fields[2]
+    return found
+
+
+class FuseServer:
+    """A mounted FUSE file system that waits to be served.
+
+    *target* decides the shape: an existing file is mounted over, a folder gets the files. *texts* maps names to
+    functions that return a report's bytes at the moment it is opened (folder only)."""
+
+    def __init__(
+        self, vmcore: Vmcore, target: str, texts: dict[str, Callable[[], bytes]], direct: bool = False
+    ) -> None:
+        self.vmcore = vmcore
+        self.target = target
+        folder = os.path.isdir(target)
+        nodes: list[tuple[int, str, Callable[[], bytes] | None]]
+        if folder:
+            nodes = [
+                (lib.FUSE_NODE_FOLDER, "", None),
+                (lib.FUSE_NODE_CACHED, "vmcore", None),
+                (lib.FUSE_NODE_DIRECT, "vmcore.direct", None),
+                *((lib.FUSE_NODE_TEXT, name, make) for name, make in texts.items()),
+            ]
+        else:
+            nodes = [(lib.FUSE_NODE_DIRECT if direct else lib.FUSE_NODE_CACHED, "vmcore", None)]
+        self._makers = [make for _, _, make in nodes]
+        self._texts: list[bytes] = [b""] * len(nodes)
+        self._nodes = ffi.new("struct fuse_node[]", len(nodes))
+        for c, (kind, name, _) in zip(self._nodes, nodes, strict=True):
+            c.kind, c.name = kind, name.encode()
+        self._buffer = mmap.mmap(-1, MAX_READ)
+        try:
+            self.fd = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
+        except OSError as e:
+            raise Error(f"/dev/fuse: {e.strerror} (is the fuse module loaded?)") from None
+        self.c: CData = ffi.new("struct fuse_server *")
+        self.c.fd, self.c.view = self.fd, vmcore.c
+        self.c.n, self.c.nodes = len(nodes), self._nodes
+        self.c.max_read, self.c.buffer = MAX_READ, ffi.from_buffer("uint8_t[]", self._buffer)
+        self.c.buffer_size = MAX_READ
+        self.c.time = int(time.time())
+        for i, make in enumerate(self._makers):
+            if make:
+                self._set_text(i, make())
+        mode = (stat.S_IFDIR | 0o500) if folder else (stat.S_IFREG | 0o400)
+        options = f"fd={self.fd},rootmode={mode:o},user_id=0,group_id=0,max_read={MAX_READ}"
+        try:
+            mount("oldmem", target, "fuse.oldmem", MS_RDONLY | MS_NOSUID | MS_NODEV | MS_NOEXEC, options)
+        except Error:
+            os.close(self.fd)
+            raise
+        self._raise_read_ahead()
+
+    def _raise_read_ahead(self) -> None:
+        """128 KiB, the default, costs cached readers 40 % (larger requests are fewer switches); not worth failing."""
+        with contextlib.suppress(OSError):
+            device = mounted_device(self.target)
+            with open(f"/sys/class/bdi/{device}/read_ahead_kb", "w", encoding="ascii") as file:
+                file.write(str(READ_AHEAD_KB))
+
+    def _set_text(self, i: int, text: bytes) -> None:
+        self._texts[i] = text
+        self._nodes[i].text, self._nodes[i].text_size = ffi.from_buffer("uint8_t[]", text), len(text)
+
+    def serve(self) -> None:
+        """Answer requests until unmounted. Signals are handled by Python between requests. Raises Error."""
+        while True:
+            result = lib.fuse_serve(self.c)
+            if result == lib.FUSE_SERVE_ENDED:
+                return
+            if result == lib.FUSE_SERVE_REFRESH:
+                make = self._makers[self.c.refresh]
+                assert make is not None
+                self._set_text(self.c.refresh, make())
+            elif result != -4:  # EINTR: the interpreter runs its signal handlers on the way round
+                raise Error(f"FUSE server of {self.target}: {os.strerror(-result)}")
+
+    def close(self) -> None:
+        """Unmount and end the connection."""
+        unmount(self.target)
+        os.close(self.fd)

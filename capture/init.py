@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The capture-kernel step: from nothing to a guarded vmcore where collectors look for it.
+
+One FUSE folder at /run/oldmem with vmcore, vmcore.direct and reports, and its vmcore bind-mounted over /proc/vmcore,
+so that every collector works unmodified. Where the kernel made no /proc/vmcore none can be created: collectors are
+then given /run/oldmem/vmcore. All is undone on any failure, and the distribution goes on with the kernel's own file."""
+
+from __future__ import annotations
+
+import os
+
+from capture.background import serve_in_background
+from capture.dump import Dump
+from capture.fuse import MS_BIND, FuseServer, mount, mounted_device, unmount
+from capture.report import as_json, guard_json, map_json
+from guard import procvmcore
+from guard.errors import Error
+
+FOLDER = "/run/oldmem"
+
+
+def texts(dump: Dump) -> dict[str, object]:
+    return {"map.json": lambda: as_json(map_json(dump)), "guard.json": lambda: as_json(guard_json(dump))}
+
+
+def bring_up(dump: Dump, folder: str = FOLDER, over: str = procvmcore.PATH) -> str:
+    """Serve *dump* at *folder* and over the file *over* if there is one; returns where the vmcore is.
+
+    Raises Error with everything undone."""
+    if mounted_device(folder) or mounted_device(over):
+        raise Error(f"{folder} or {over} is mounted already; umount it first")
+    os.makedirs(folder, exist_ok=True)
+    vmcore = os.path.join(folder, "vmcore")
+    server = FuseServer(dump.vmcore, folder, texts(dump))  # type: ignore[arg-type]
+    serve_in_background(server, vmcore, [folder, over])
+    if not os.path.exists(over):
+        return vmcore
+    try:
+        mount(vmcore, over, None, MS_BIND, None)
+    except Error:
+        unmount(folder)
+        raise
+    return over

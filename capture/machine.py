@@ -1,0 +1,260 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The machine whose memory is to be shown: the one that this capture kernel came from, or a recorded one.
+
+Both answer the same questions: what firmware and sysfs say, what belongs to the capture kernel, what the virtio-mem
+devices say, and which files show its memory."""
+
+from __future__ import annotations
+
+import errno
+import os
+
+from capture import recorded
+from capture.memory_map import Device, Envelope
+from capture.sources import cmdline, firmware_memmap, fw_cfg, iomem, memory_blocks, report, smbios, srat
+from capture.sources.report import SourceReport
+from capture.x86_64 import LOW_MEMORY
+from guard import devmem, loop, procvmcore, virtio_mem
+from guard.errors import Error, SourceError
+from guard.physmem import PREAD, Segment, layer, only
+from guard.procvmcore import CoreHeader
+from guard.ranges import Range, RangeSet
+from guard.witness.memory import Problems
+
+SOURCES = {
+    "fw_cfg": fw_cfg.read,
+    "srat": srat.read,
+    "smbios": smbios.read,
+    "firmware_memmap": firmware_memmap.read,
+    "iomem": iomem.read,
+    "memory_blocks": memory_blocks.read,
+    "cmdline": cmdline.read,
+}
+
+
+class NotCaptureError(Error):
+    """This is no capture environment: there is no dead machine whose memory could be read."""
+
+
+class Machine:
+    """Facts and files; nothing is decided here. Close it when done."""
+
+    arch: str
+    page_size = 4096
+    images = RangeSet()
+    vmcoreinfo_paddr: int | None = None
+    own_vmcoreinfo: int | None = None
+    phdr_note_align: int | None = None
+    core_header: CoreHeader | None = None
+    core_fd: int | None = None
+
+    def __init__(self, root: str) -> None:
+        self.root = root
+        self.problems = Problems()
+        self.reports: dict[str, SourceReport] = {name: read(root) for name, read in SOURCES.items()}
+        self.devices: list[Device] = []
+        self.source = ""
+        self._fds: list[int] = []
+        self._loops: list[loop.LoopDevice] = []
+        self.own = self.reports["iomem"].ranges(report.OWN_RAM) | RangeSet([LOW_MEMORY])
+
+    def open_segments(self, envelope: Envelope) -> list[Segment]:
+        """The files that show the envelope's memory. Raises SourceError if there is none."""
+        raise NotImplementedError
+
+    def core_header_bytes(self) -> bytes:
+        """The kernel's own header and notes, as /proc/vmcore starts. Raises SourceError where there is none."""
+        if self.core_header is None or self.core_fd is None:
+            raise SourceError(f"{procvmcore.PATH}: the kernel made none: there is no preloaded header")
+        return procvmcore.pread_exact(self.core_fd, self.core_header.size, 0, procvmcore.PATH)
+
+    def _open_core(self, path: str) -> None:
+        """Remember the kernel's own vmcore, before anything is mounted over it."""
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as e:
+            if e.errno != errno.ENOENT:
+                self.problems.note(f"{path}: {e.strerror}")
+            return
+        self._fds.append(fd)
+        try:
+            self.core_header = procvmcore.read_header(fd, path)
+        except SourceError as e:
+            self.problems.note(str(e))
+            return
+        self.core_fd = fd
+        notes = [p for p in self.core_header.phdrs if p.type == procvmcore.PT_NOTE]
+        if notes and self.phdr_note_align is None:
+            self.phdr_note_align = notes[0].align
+
+    def close(self) -> None:
+        for fd in self._fds:
+            os.close(fd)
+        for device in self._loops:
+            device.close()
+        self._fds, self._loops = [], []
+
+
+class LiveMachine(Machine):
+    """The machine that this capture kernel came from. Raises NotCaptureError, or Error where going on would harm.
+
+    *source* is "devmem", "vmcore" or "auto"; *force* skips the test for a capture environment."""
+
+    def __init__(self, source: str = "auto", force: bool = False) -> None:
+        super().__init__("/")
+        self.arch = os.uname().machine
+        self._wanted_source = source
+        elfcorehdr = any(f.kind == report.ELFCOREHDR for f in self.reports["cmdline"].findings)
+        self.kdump_mode = elfcorehdr or os.path.exists(procvmcore.PATH)
+        if not (self.kdump_mode or force):
+            raise NotCaptureError(
+                f"this is no capture environment: no {procvmcore.PATH} and no elfcorehdr= (--force to go on all the same)"
+            )
+        if not self.reports["iomem"].ranges(report.OWN_RAM):
+            raise Error(f"{self.reports['iomem'].problems[0]}; without it own memory cannot be told from old memory")
+        self._refuse_danger()
+        self._open_core(procvmcore.PATH)
+        self.own_vmcoreinfo = _own_vmcoreinfo()
+        for f in self.reports["fw_cfg"].findings:
+            if f.kind == report.VMCOREINFO:
+                self.vmcoreinfo_paddr = f.start
+        self.devices = self._query_devices()
+
+    def _refuse_danger(self) -> None:
+        """Outside kdump mode the in-kernel virtio_mem driver sends UNPLUG_ALL and destroys what we are here to save."""
+        claims = self.reports["iomem"].ranges(report.DRIVER_CLAIM)
+        if claims:
+            raise Error(
+                f"virtio_mem is bound outside kdump mode and claims {claims}: old memory there is being destroyed"
+            )
+        if not self.kdump_mode and os.path.exists("/sys/module/virtio_mem"):
+            raise Error(
+                "virtio_mem is loaded and this kernel is not in kdump mode (no elfcorehdr=): "
+                "the driver would unplug all memory of the dead machine; boot without it"
+            )
+
+    def _query_devices(self) -> list[Device]:
+        """Ask each device. Where the kernel's own driver has it in kdump mode, taking it away for a moment is safe;
+        where asking fails while that driver is there, the driver stays the gate, and /proc/vmcore the only way in."""
+        found = []
+        for result in virtio_mem.query_all("/sys", allow_bound=self.kdump_mode):
+            name, c, state = result.function.bdf, result.config, result.state
+            if c is None:
+                self.problems.note(f"{name}: {result.reason}; where this virtio-mem device's memory is cannot be told")
+                continue
+            gated = state is None and self.kdump_mode and result.function.virtio_driver == virtio_mem.KERNEL_DRIVER
+            if state is None:
+                who = (
+                    f"the in-kernel driver gates it, through {procvmcore.PATH} only"
+                    if gated
+                    else "nothing of it is read"
+                )
+                self.problems.note(f"{name}: plug state not to be had: {result.reason}; {who}")
+            found.append(
+                Device(
+                    name,
+                    c.region,
+                    *(c.usable_region_size, c.block_size, c.plugged_size, c.requested_size, c.node_id),
+                    state.bitmap if state else None,
+                    result.reason,
+                    gated,
+                    (*result.problems, *(state.problems if state else ())),
+                    state.requests if state else 0,
+                )
+            )
+        return found
+
+    def open_segments(self, envelope: Envelope) -> list[Segment]:
+        gated = RangeSet(d.region for d in self.devices if d.gated_by_kernel)
+        wanted = envelope.all - gated
+        upper: list[Segment] = []
+        used = []
+        if self._wanted_source != "vmcore":
+            try:
+                opened = devmem.open_devmem(wanted, self.own, self.reports["iomem"].ranges(report.RAM_BUFFER))
+                self._fds.append(opened.fd)
+                upper = opened.segments
+                for line in opened.problems:
+                    self.problems.note(line)
+                used.append(devmem.PATH)
+            except SourceError as e:
+                if self._wanted_source == "devmem" or self.core_fd is None:
+                    raise
+                self.problems.note(f"{e}; {procvmcore.PATH} is read instead, as far as its header reaches")
+        lower: list[Segment] = []
+        if self._wanted_source != "devmem" and self.core_header is not None and self.core_fd is not None:
+            lower = only(
+                procvmcore.segments(self.core_fd, self.core_header),
+                envelope.all - RangeSet((s.paddr, s.end) for s in upper),
+            )
+            if lower:
+                used.append(procvmcore.PATH)
+        if not upper and not lower:
+            raise SourceError(f"neither {devmem.PATH} nor {procvmcore.PATH} shows any old memory")
+        self.source = " and ".join(used)
+        return layer(upper, lower)
+
+
+def _own_vmcoreinfo() -> int | None:
+    """Physical address of this kernel's own note: never to be taken for the dead one's."""
+    try:
+        with open("/sys/kernel/vmcoreinfo", encoding="ascii") as file:
+            return int(file.read().split()[0], 16)
+    except (OSError, ValueError, IndexError):
+        return None
+
+
+class ImageMachine(Machine):
+    """A recorded machine: images for memory, copies of /sys and /proc for facts. *use_loop* attaches the images as
+    read-only loop devices. Raises SourceError (machine.json, images) or DeviceError (loop devices)."""
+
+    def __init__(self, folder: str, use_loop: bool = False) -> None:
+        self.record = record = recorded.load(folder)
+        super().__init__(record.root_path)
+        self.arch, self.page_size = record.arch, record.page_size
+        self.vmcoreinfo_paddr, self.phdr_note_align = record.vmcoreinfo_paddr, record.phdr_note_align
+        self._use_loop = use_loop
+        for line in record.notes:
+            self.problems.note(line)
+        self._open_core(os.path.join(record.root_path, "proc/vmcore"))
+        self.images = RangeSet((r.paddr, r.paddr + r.size) for r in record.ram)
+        for v in record.virtio_mem:
+            bits = bytearray((v.usable_region_size // v.block_size + 7) // 8)
+            for first, count in v.plugged:
+                for i in range(first, first + count):
+                    bits[i // 8] |= 1 << i % 8
+            region = Range(v.addr, v.addr + v.region_size)
+            self.devices.append(
+                Device(
+                    f"virtio-mem {v.addr:#x}",
+                    region,
+                    *(v.usable_region_size, v.block_size, v.plugged_size, v.requested_size, v.node_id),
+                    bytes(bits),
+                    "recorded",
+                )
+            )
+
+    def open_segments(self, envelope: Envelope) -> list[Segment]:
+        parts = [(r.image, r.offset, r.paddr, r.size) for r in self.record.ram]
+        parts += [(v.image, v.offset, v.addr, v.region_size) for v in self.record.virtio_mem if v.image is not None]
+        opened: dict[str, int] = {}
+        found = []
+        for image, offset, paddr, size in sorted(parts, key=lambda p: p[2]):
+            path = self.record.resolve(image)
+            if path not in opened:
+                opened[path] = self._open_image(path)
+            found.append(Segment(paddr, size, opened[path], offset, PREAD, path))
+        self.source = "images" + (" on loop devices" if self._use_loop else "")
+        return only(found, envelope.all)
+
+    def _open_image(self, path: str) -> int:
+        if self._use_loop and os.path.isfile(path):
+            device = loop.attach(path)
+            self._loops.append(device)
+            return device.fd
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as e:
+            raise SourceError(f"{path}: {e.strerror}") from None
+        self._fds.append(fd)
+        return fd

@@ -1,0 +1,199 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The memory map of the dead machine, with provenance, and the rule that makes it.
+
+Firmware is the authority: nothing outside its envelope is ever read, for it may be MMIO. The device is the truth
+about what a virtio-mem region holds. The dead kernel is a witness: where it and firmware differ about what was RAM,
+the narrower answer is read and the difference is told, as long as what it says is plausible at all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+from capture.sources import report
+from capture.sources.report import SourceReport
+from guard.ranges import Range, RangeSet
+from guard.registry import Registry, Rule, allow_rule, bitmap_rule, deny_rule
+from guard.witness.memory import Problems
+
+WHOLE = Range(0, 1 << 63)
+
+# The dead kernel's tree counts only if it has at least this share of what firmware calls boot RAM: a damaged or
+# forged tree must not cost the dump. mem= halves a machine at worst in practice.
+PLAUSIBLE_SHARE = 0.5
+
+# What crashkernel= reserved beyond the capture kernel's own System RAM: elfcorehdr, purgatory, key areas
+MAX_RESERVED_BEYOND_OWN = 64 << 20
+
+
+class Device(NamedTuple):
+    """A virtio-mem device. *bitmap* has bit i (LSB first) set for a plugged block i; None: it could not be asked,
+    then *why* says so, and with *gated_by_kernel* the in-kernel driver answers instead of us. Bytes, physical."""
+
+    name: str
+    region: Range
+    usable: int
+    block_size: int
+    plugged_size: int
+    requested_size: int
+    node_id: int
+    bitmap: bytes | None
+    why: str
+    gated_by_kernel: bool = False
+    problems: tuple[str, ...] = ()
+    requests: int = 0
+
+    @property
+    def plugged(self) -> RangeSet:
+        """What is plugged, by the device's own word."""
+        if self.bitmap is None:
+            return RangeSet()
+        size, blocks = self.block_size, min(len(self.bitmap) * 8, self.region.size // self.block_size)
+        starts = (self.region.start + i * size for i in range(blocks) if self.bitmap[i // 8] >> i % 8 & 1)
+        return RangeSet((start, start + size) for start in starts)
+
+    def rule(self, page_size: int) -> Rule | None:
+        """What gates this region; None where the kernel's own driver does."""
+        if self.gated_by_kernel:
+            return None
+        name = f"virtio-mem {self.region.start:#x}"
+        if self.bitmap is None:
+            return allow_rule(name, self.region, RangeSet(), f"unknown plug state: {self.why}", page_size)
+        return bitmap_rule(name, self.region, self.block_size, self.bitmap, "unplugged", page_size)
+
+
+class Envelope(NamedTuple):
+    """What may be RAM at all. *boot* is RAM that firmware told of, *window* where more may have been plugged
+    (DIMMs), *regions* virtio-mem."""
+
+    boot: RangeSet
+    window: RangeSet
+    regions: RangeSet
+    source: str
+
+    @property
+    def all(self) -> RangeSet:
+        return self.boot | self.window | self.regions
+
+
+class Entry(NamedTuple):
+    """One line of the map: a range with one verdict and one provenance."""
+
+    range: Range
+    kind: str
+    refused_by: str  # "" for what is read
+    known_from: tuple[str, ...]
+
+
+def envelope(
+    reports: dict[str, SourceReport], devices: Iterable[Device], images: RangeSet, problems: Problems
+) -> Envelope:
+    """The envelope from what firmware says; *images* is what a recorded machine has RAM images of (empty if live).
+
+    QEMU's fw_cfg has the true boot map; elsewhere SMBIOS and SRAT are both coarse, so what both say. Entries that
+    /sys/firmware/memmap still calls reserved come off: kexec hands them to the capture kernel unchanged, unlike RAM."""
+    regions = RangeSet(d.region for d in devices)
+    srat = reports["srat"]
+    window = srat.ranges(report.HOTPLUG_WINDOW) - regions
+    fw_cfg, smbios, affinity = (reports[n].ranges(report.RAM) for n in ("fw_cfg", "smbios", "srat"))
+    if fw_cfg:
+        boot, source = fw_cfg, "fw_cfg"
+        for name, other in (("smbios", smbios), ("srat", affinity)):
+            if other and boot - other:
+                problems.note(f"{name} does not have {boot - other}, which fw_cfg calls RAM; fw_cfg is believed")
+    elif smbios and affinity:
+        boot, source = smbios & affinity, "smbios and srat"
+    elif smbios or affinity:
+        boot, source = smbios | affinity, "smbios" if smbios else "srat"
+    elif images:
+        boot, source = images, "images"
+    else:
+        boot, source = RangeSet(), "nothing"
+    if images and (boot - regions) - images:
+        problems.note(f"no image holds {(boot - regions) - images}, which {source} calls RAM; it is left out")
+        boot &= images
+    memmap = reports["firmware_memmap"]
+    reserved = memmap.ranges(
+        *(report.RESERVED, report.ACPI, report.NVS, report.UNUSABLE, report.PERSISTENT, report.SOFT_RESERVED)
+    )
+    return Envelope(boot - regions - reserved, window, regions, source)
+
+
+def witnessed_ram(env: Envelope, system_ram: RangeSet, problems: Problems) -> RangeSet | None:
+    """What of boot RAM and window the dead kernel used as System RAM; None if its word does not count."""
+    if not system_ram:
+        return None
+    boot = env.boot & system_ram
+    if boot.size < env.boot.size * PLAUSIBLE_SHARE:
+        problems.note(
+            f"the dead kernel's resource tree has {boot.size:#x} of {env.boot.size:#x} bytes of boot RAM; "
+            "that is not plausible, so firmware alone is believed"
+        )
+        return None
+    if outside := system_ram - env.all:
+        problems.note(f"the dead kernel used {outside} as System RAM, outside of what firmware knows; not read")
+    return boot | (env.window & system_ram)
+
+
+def plausible_reservations(reserved: Iterable[tuple[str, int, int]], own: RangeSet, problems: Problems) -> RangeSet:
+    """The crash reservations that agree with the memory which the capture kernel really owns."""
+    good = RangeSet()
+    for name, start, end in reserved:
+        span = RangeSet([(start, end)])
+        if (span - own).size > MAX_RESERVED_BEYOND_OWN:
+            problems.note(
+                f"{name} {Range(start, end)} of the dead kernel is not what this kernel owns; only the latter is left out"
+            )
+            continue
+        good |= span
+    return good
+
+
+def install_rules(registry: Registry, env: Envelope, own: RangeSet, devices: Iterable[Device]) -> None:
+    """What firmware and devices know, in the order in which it is asked."""
+    page_size = registry.page_size
+    registry.register(allow_rule("envelope", WHOLE, env.all, "firmware does not call it RAM", page_size))
+    registry.register(deny_rule("capture kernel", own, "belongs to the capture kernel", page_size))
+    for device in devices:
+        if rule := device.rule(page_size):
+            registry.register(rule)
+    if env.window:
+        registry.register(deny_rule("hotplug window", env.window, "nothing tells what was plugged there", page_size))
+
+
+def install_witness(registry: Registry, env: Envelope, witnessed: RangeSet) -> None:
+    """Narrow by the dead kernel's word, which also tells what of the hotplug window was memory."""
+    if env.window:
+        registry.unregister("hotplug window")
+    refused = ((env.boot | env.window) - witnessed).inner_pages(registry.page_size)
+    if refused:
+        registry.register(deny_rule("dead kernel", refused, "was not System RAM", registry.page_size))
+
+
+def entries(registry: Registry, env: Envelope, devices: Iterable[Device], claims: dict[str, RangeSet]) -> list[Entry]:
+    """The map, ascending: everything in the envelope and everything that some source of *claims* (name -> ranges)
+    calls memory, cut wherever verdict or provenance changes."""
+    page = registry.page_size
+    spans = env.all
+    for ranges in claims.values():
+        spans |= ranges
+    borders = {b for ranges in (*claims.values(), env.boot, env.window, env.regions) for r in ranges for b in r}
+    kinds: list[tuple[str, Callable[[int], bool]]] = [
+        ("virtio-mem", env.regions.__contains__),
+        ("ram", env.boot.__contains__),
+        ("hotplug", env.window.__contains__),
+    ]
+    found: list[Entry] = []
+    for span in spans.outer_pages(page):
+        for run, rule in registry.verdicts(*span):
+            cuts = sorted({run.start, run.end, *((b & -page) for b in borders if run.start < b < run.end)})
+            for start, end in zip(cuts, cuts[1:], strict=False):
+                inside = end - 1
+                kind = next((name for name, has in kinds if has(inside)), "other")
+                names = tuple(name for name, ranges in claims.items() if inside in ranges)
+                entry = Entry(Range(start, end), kind, rule.name if rule else "", names)
+                if found and found[-1][1:] == entry[1:] and found[-1].range.end == start:
+                    entry = entry._replace(range=Range(found[-1].range.start, end))
+                    found.pop()
+                found.append(entry)
+    return found

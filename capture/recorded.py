@@ -1,0 +1,399 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""A recorded machine: a folder with machine.json, memory images and a copy of the capture environment's /sys and /proc.
+
+It stands in for a crashed machine in test mode, so whatever is taken from it is checked here once, and each thing
+that is wrong is told by its place in machine.json. Keys that are not known are ignored; keys with a default may be
+left out."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from itertools import pairwise
+from typing import Any, NamedTuple, NoReturn
+
+from guard.errors import SourceError
+
+from .sources.report import one_line, shown
+
+FORMAT = 1
+FILE = "machine.json"
+
+PAGE_SIZES = {"aarch64": (4096, 16384, 65536), "s390x": (4096,), "x86_64": (4096,)}
+"""Known machines, and the sizes in bytes that a page of their kernels can have."""
+
+_U64 = (1 << 64) - 1
+_MAX_JSON = 16 << 20
+
+
+class RamImage(NamedTuple):
+    """*size* bytes of boot RAM at physical address *paddr*, held by *image* from byte *offset* on."""
+
+    image: str
+    offset: int
+    paddr: int
+    size: int
+
+
+class VirtioMemState(NamedTuple):
+    """A virtio-mem device as its configuration space told it (virtio specification, section "Memory Device"; all in
+    bytes, *addr* physical), and its plug bitmap as ascending runs of (first block, number of blocks).
+
+    *image* holds the region from byte *offset* on; None if the memory itself was not recorded."""
+
+    addr: int
+    region_size: int
+    usable_region_size: int
+    block_size: int
+    plugged_size: int
+    requested_size: int
+    node_id: int
+    plugged: tuple[tuple[int, int], ...]
+    image: str | None = None
+    offset: int = 0
+
+
+class RecordedMachine(NamedTuple):
+    """A machine recorded in the folder *path*. Images and *root* are as written in machine.json: see :meth:`resolve`.
+
+    *virtio_mem* is in the order in which the devices were probed. *phdr_note_align* is the p_align that the capture
+    kernel gave its merged PT_NOTE, *vmcoreinfo_paddr* the physical address of the crashed kernel's VMCOREINFO note;
+    None: not recorded. *notes* are lines worth telling the user about, and are not saved."""
+
+    path: str
+    arch: str
+    ram: tuple[RamImage, ...]
+    virtio_mem: tuple[VirtioMemState, ...] = ()
+    root: str = "root"
+    capture_release: str | None = None
+    page_size: int = 4096
+    phdr_note_align: int | None = None
+    vmcoreinfo_paddr: int | None = None
+    notes: tuple[str, ...] = ()
+
+    def resolve(self, name: str) -> str:
+        """The path to open for an image or root: relative ones are relative to the folder."""
+        return os.path.join(self.path, name)
+
+    @property
+    def root_path(self) -> str:
+        """Root of the recorded /sys and /proc, as the sources take it. Need not exist: each source then tells so."""
+        return self.resolve(self.root)
+
+
+def load(folder: str) -> RecordedMachine:
+    """The machine recorded in *folder*, with every image there and large enough.
+
+    Raises SourceError: one line with the file, the place in it, what was expected and what was found."""
+    file = os.path.join(folder, FILE)
+    machine = from_document(_read_json(file), folder)
+    images = _images(machine)
+    for place, name, size in images:
+        _check_image(f"{file}: {place}", machine.resolve(name), size)
+    inside = os.path.realpath(folder).rstrip("/") + "/"
+    notes = [
+        one_line(f"{file}: {place}: {name} is outside the folder")
+        for place, name, _ in [*images, ("root", machine.root, 0)]
+        if not os.path.realpath(machine.resolve(name)).startswith(inside)
+    ]
+    return machine._replace(notes=tuple(notes))
+
+
+def save(folder: str, machine: RecordedMachine) -> None:
+    """Writes machine.json into *folder*, replacing an old one at once or not at all. Images need not be there yet.
+
+    Raises SourceError if the machine contradicts itself or the file cannot be written."""
+    text = _text(_document(machine))
+    from_document(json.loads(text), folder)
+    file = os.path.join(folder, FILE)
+    temporary = f"{file}.{os.getpid()}.tmp"
+    try:
+        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+        try:
+            with open(fd, "w", encoding="ascii") as stream:
+                stream.write(text + "\n")
+                stream.flush()
+                os.fsync(fd)
+            os.rename(temporary, file)
+        except BaseException:
+            os.unlink(temporary)
+            raise
+    except OSError as error:
+        raise _error(f"{file}: cannot be written: {error.strerror}") from None
+
+
+def from_document(document: object, folder: str) -> RecordedMachine:
+    """The machine that a parsed machine.json describes; no image is looked at. Raises SourceError as load()."""
+    file = os.path.join(folder, FILE)
+    top = _Object(file, "", document)
+    version = top.integer("format")
+    if version != FORMAT:
+        top.fail("format", f"{version} is not known, expected {FORMAT}")
+    arch = top.text("arch")
+    if arch not in PAGE_SIZES:
+        top.fail("arch", f"{shown(arch)} is not known, expected one of {', '.join(PAGE_SIZES)}")
+    page_size = top.integer("page_size", 4096)
+    if page_size not in PAGE_SIZES[arch]:
+        expected = " or ".join(str(size) for size in PAGE_SIZES[arch])
+        top.fail("page_size", f"{page_size} is not possible on {arch}, expected {expected}")
+    align = top.integer("phdr_note_align") if top.has("phdr_note_align") else None
+    if align not in (None, 0, 4):
+        top.fail("phdr_note_align", f"{align} is not possible, expected 0 or 4")
+    ram = tuple(_ram(item) for item in top.objects("ram"))
+    if not ram:
+        top.fail("ram", "is empty, expected at least one range")
+    virtio_mem = tuple(_virtio_mem(item, page_size) for item in top.objects("virtio_mem", required=False))
+    _check_overlaps(file, ram, virtio_mem)
+    return RecordedMachine(
+        path=folder,
+        arch=arch,
+        ram=ram,
+        virtio_mem=virtio_mem,
+        root=top.text("root", "root"),
+        capture_release=top.text("capture_release") if top.has("capture_release") else None,
+        page_size=page_size,
+        phdr_note_align=align,
+        vmcoreinfo_paddr=top.integer("vmcoreinfo_paddr") if top.has("vmcoreinfo_paddr") else None,
+    )
+
+
+class _Object:
+    """A JSON object being checked. Knows its place in the file, so that every complaint can name it."""
+
+    __slots__ = ("_file", "_items", "_path")
+
+    def __init__(self, file: str, path: str, value: object) -> None:
+        self._file = file
+        self._path = path
+        if not isinstance(value, dict):
+            raise _error(f"{file}: {path or 'top level'}: {_found(value)} found, expected an object")
+        self._items: dict[str, Any] = value
+
+    def place(self, key: str) -> str:
+        return f"{self._path}.{key}" if self._path else key
+
+    def fail(self, key: str, why: str) -> NoReturn:
+        raise _error(f"{self._file}: {self.place(key)}: {why}")
+
+    def has(self, key: str) -> bool:
+        """True if *key* is there and not null."""
+        return self._items.get(key) is not None
+
+    def _get(self, key: str) -> Any:
+        if key not in self._items:
+            self.fail(key, "is missing")
+        return self._items[key]
+
+    def integer(self, key: str, default: int | None = None, high: int = _U64) -> int:
+        value = default if default is not None and key not in self._items else self._get(key)
+        return self.checked_integer(key, value, high)
+
+    def checked_integer(self, place: str, value: object, high: int = _U64) -> int:
+        if not isinstance(value, int) or isinstance(value, bool):
+            self.fail(place, f"{_found(value)} found, expected an integer")
+        if not 0 <= value <= high:
+            # str() of a number of thousands of digits may raise, hex() does not.
+            self.fail(place, f"{shown(hex(value))} is out of range, expected 0 to {high:#x}")
+        return value
+
+    def text(self, key: str, default: str | None = None) -> str:
+        """A non-empty string that can be a path."""
+        value = default if default is not None and key not in self._items else self._get(key)
+        if not isinstance(value, str):
+            self.fail(key, f"{_found(value)} found, expected a string")
+        try:
+            os.fsencode(value)
+        except UnicodeEncodeError:
+            value = ""
+        if not value or "\0" in value:
+            self.fail(key, "this string can be no file name: it is empty, or has NUL or lone surrogates in it")
+        return value
+
+    def array(self, key: str) -> list[Any]:
+        value = self._get(key)
+        if not isinstance(value, list):
+            self.fail(key, f"{_found(value)} found, expected an array")
+        return value
+
+    def objects(self, key: str, required: bool = True) -> list[_Object]:
+        items = self.array(key) if required or key in self._items else []
+        return [_Object(self._file, f"{self.place(key)}[{i}]", item) for i, item in enumerate(items)]
+
+
+def _error(line: str) -> SourceError:
+    return SourceError(one_line(line))
+
+
+def _found(value: object) -> str:
+    """What *value* is, in the words of JSON."""
+    if isinstance(value, str):
+        return f"string {shown(value)}"
+    if value is None or isinstance(value, bool | float):
+        return json.dumps(value)
+    return "an array" if isinstance(value, list) else "an object" if isinstance(value, dict) else "a number"
+
+
+def _ram(item: _Object) -> RamImage:
+    image = item.text("image")
+    offset = item.integer("offset", 0)
+    paddr = item.integer("paddr")
+    size = item.integer("size")
+    if size == 0:
+        item.fail("size", "0 found, expected at least one byte")
+    if paddr + size - 1 > _U64:
+        item.fail("size", f"{size} bytes from paddr {paddr:#x} on leave the 64-bit address space")
+    return RamImage(image, offset, paddr, size)
+
+
+def _virtio_mem(item: _Object, page_size: int) -> VirtioMemState:
+    block_size = item.integer("block_size")
+    if block_size == 0 or block_size & (block_size - 1):
+        item.fail("block_size", f"{block_size} is not a power of two")
+    if block_size < page_size:
+        item.fail("block_size", f"{block_size} is smaller than a page of {page_size} bytes")
+
+    def multiple(key: str) -> int:
+        value = item.integer(key)
+        if value % block_size:
+            item.fail(key, f"{value} is not a multiple of block_size {block_size}")
+        return value
+
+    addr = multiple("addr")
+    region_size = multiple("region_size")
+    if region_size == 0:
+        item.fail("region_size", "0 found, expected at least one block")
+    if addr + region_size - 1 > _U64:
+        item.fail("region_size", f"{region_size} bytes from addr {addr:#x} on leave the 64-bit address space")
+    usable = multiple("usable_region_size")
+    if usable > region_size:
+        item.fail("usable_region_size", f"{usable} is larger than region_size {region_size}")
+    requested = multiple("requested_size")
+    if requested > region_size:
+        item.fail("requested_size", f"{requested} is larger than region_size {region_size}")
+    plugged = _runs(item, usable // block_size)
+    plugged_size = item.integer("plugged_size")
+    blocks = sum(count for _, count in plugged)
+    if plugged_size != blocks * block_size:
+        item.fail(
+            "plugged_size",
+            f"{plugged_size} contradicts plugged: {blocks} blocks of {block_size} bytes are {blocks * block_size}",
+        )
+    return VirtioMemState(
+        addr=addr,
+        region_size=region_size,
+        usable_region_size=usable,
+        block_size=block_size,
+        plugged_size=plugged_size,
+        requested_size=requested,
+        node_id=item.integer("node_id", 0, high=0xFFFF),
+        plugged=plugged,
+        image=item.text("image") if item.has("image") else None,
+        offset=item.integer("offset", 0),
+    )
+
+
+def _runs(item: _Object, blocks: int) -> tuple[tuple[int, int], ...]:
+    """The runs of *plugged*, all within the first *blocks* blocks of the region: those that are usable."""
+    runs: list[tuple[int, int]] = []
+    free = 0
+    for i, run in enumerate(item.array("plugged")):
+        place = f"plugged[{i}]"
+        if not isinstance(run, list) or len(run) != 2:
+            item.fail(place, f"{_found(run)} found, expected an array [first block, number of blocks]")
+        first = item.checked_integer(f"{place}[0]", run[0])
+        count = item.checked_integer(f"{place}[1]", run[1])
+        if count == 0:
+            item.fail(f"{place}[1]", "0 found, expected at least one block")
+        if first < free:
+            item.fail(place, f"starts at block {first}, expected {free} or more: runs ascend and do not overlap")
+        if first + count > blocks:
+            item.fail(place, f"ends with block {first + count - 1}, but usable_region_size has only {blocks} blocks")
+        free = first + count
+        runs.append((first, count))
+    return tuple(runs)
+
+
+def _check_overlaps(file: str, ram: tuple[RamImage, ...], virtio_mem: tuple[VirtioMemState, ...]) -> None:
+    spans = [(r.paddr, r.paddr + r.size, f"ram[{i}]") for i, r in enumerate(ram)]
+    spans += [(v.addr, v.addr + v.region_size, f"virtio_mem[{i}]") for i, v in enumerate(virtio_mem)]
+    spans.sort()
+    # As long as none overlaps, each ends before the next starts, so neighbours are all there is to compare.
+    for (start, end, name), (start2, end2, name2) in pairwise(spans):
+        if start2 < end:
+            raise _error(f"{file}: {name2}: {start2:#x}-{end2 - 1:#x} overlaps {name}: {start:#x}-{end - 1:#x}")
+
+
+def _images(machine: RecordedMachine) -> list[tuple[str, str, int]]:
+    """(place in machine.json, image, bytes it must have) for each image."""
+    images = [(f"ram[{i}].image", r.image, r.offset + r.size) for i, r in enumerate(machine.ram)]
+    for i, v in enumerate(machine.virtio_mem):
+        if v.image is not None:
+            images.append((f"virtio_mem[{i}].image", v.image, v.offset + v.region_size))
+    return images
+
+
+def _check_image(place: str, path: str, expected: int) -> None:
+    try:
+        mode = os.stat(path).st_mode
+        if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
+            raise _error(f"{place}: {path} is neither a regular file nor a block device")
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        try:
+            # A block device states no size in stat().
+            found = os.lseek(fd, 0, os.SEEK_END)
+        finally:
+            os.close(fd)
+    except OSError as error:
+        raise _error(f"{place}: {path}: {error.strerror}") from None
+    if found < expected:
+        raise _error(f"{place}: {path} has {found} bytes, expected at least {expected}")
+
+
+def _read_json(file: str) -> object:
+    try:
+        status = os.stat(file)
+        if not stat.S_ISREG(status.st_mode):
+            raise _error(f"{file}: is not a regular file")
+        if status.st_size > _MAX_JSON:
+            raise _error(f"{file}: has {status.st_size} bytes, expected at most {_MAX_JSON}")
+        with open(file, "rb") as stream:
+            data = stream.read(_MAX_JSON)
+    except OSError as error:
+        raise _error(f"{file}: {error.strerror}") from None
+    try:
+        return json.loads(data.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        column = error.start - data.rfind(b"\n", 0, error.start)
+        raise _error(f"{file}:{line}:{column}: byte is not UTF-8") from None
+    except json.JSONDecodeError as error:
+        raise _error(f"{file}:{error.lineno}:{error.colno}: not JSON: {error.msg}") from None
+    except ValueError:
+        raise _error(f"{file}: holds a number of more digits than Python converts") from None
+    except RecursionError:
+        raise _error(f"{file}: is nested too deeply") from None
+
+
+def _document(machine: RecordedMachine) -> dict[str, object]:
+    """What machine.json holds for *machine*: plain values first, nothing that is None."""
+    values: dict[str, object] = {"format": FORMAT, **machine._asdict()}
+    del values["path"], values["notes"], values["ram"], values["virtio_mem"]
+    values["ram"] = [ram._asdict() for ram in machine.ram]
+    values["virtio_mem"] = [_present(device._asdict()) for device in machine.virtio_mem]
+    return _present(values)
+
+
+def _present(values: dict[str, object]) -> dict[str, object]:
+    return {key: value for key, value in values.items() if value is not None}
+
+
+def _text(value: object, indent: str = "") -> str:
+    """*value* as JSON with one key a line, and arrays of plain values or runs on one line."""
+    inner = indent + " "
+    if isinstance(value, dict):
+        items = [f"{inner}{json.dumps(key)}: {_text(item, inner)}" for key, item in value.items()]
+        return "{\n" + ",\n".join(items) + f"\n{indent}}}"
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        return "[\n" + ",\n".join(inner + _text(item, inner) for item in value) + f"\n{indent}]"
+    return json.dumps(value)

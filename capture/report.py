@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What a dump has to tell: the memory map, the virtio-mem devices, the guard's refusals; as text and as JSON values."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from typing import Any
+
+from capture.dump import Difference, Dump
+from capture.memory_map import Device
+from guard.ranges import Range, RangeSet
+
+
+def bytes_text(n: int) -> str:
+    """*n* bytes in the largest binary unit that keeps it exact enough to compare by eye."""
+    for unit, size in (("G", 1 << 30), ("M", 1 << 20), ("K", 1 << 10)):
+        if n >= size:
+            return f"{n / size:.10g}{unit}" if n % size == 0 else f"{n / size:.2f}{unit}"
+    return str(n)
+
+
+def table(rows: Iterable[tuple[str, ...]]) -> str:
+    lines = list(rows)
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "".join("  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)).rstrip() + "\n" for r in lines)
+
+
+def _pairs(ranges: Iterable[Range]) -> list[list[int]]:
+    return [[r.start, r.end] for r in ranges]
+
+
+def map_text(dump: Dump) -> str:
+    rows = [("range", "size", "kind", "read", "known from")]
+    for e in dump.map():
+        verdict = f"no: {e.refused_by}" if e.refused_by else "yes"
+        rows.append((str(e.range), bytes_text(e.range.size), e.kind, verdict, ", ".join(e.known_from)))
+    return table(rows) + f"readable: {bytes_text(dump.readable().size)}, envelope from {dump.envelope.source}\n"
+
+
+def map_json(dump: Dump) -> dict[str, Any]:
+    """Half-open ranges, bytes."""
+    return {
+        "envelope_source": dump.envelope.source,
+        "memory_source": dump.machine.source,
+        "layout": dump.layout,
+        "mode": dump.mode,
+        "entries": [
+            {
+                "start": e.range.start,
+                "end": e.range.end,
+                "kind": e.kind,
+                "refused_by": e.refused_by or None,
+                "known_from": list(e.known_from),
+            }
+            for e in dump.map()
+        ],
+        "readable": _pairs(dump.readable()),
+        "pt_load": [
+            {"paddr": p.paddr, "vaddr": p.vaddr, "size": p.memsz, "offset": p.offset}
+            for p in dump.core.phdrs
+            if p.type == 1
+        ],
+        "problems": list(dump.problems),
+    }
+
+
+def compare_text(differences: list[Difference]) -> str:
+    if not differences:
+        return "the preloaded header and the memory map agree\n"
+    rows = [(d.what, str(d.range), bytes_text(d.range.size), d.why) for d in differences]
+    sums = {w: sum(d.range.size for d in differences if d.what == w) for w in ("missing", "too much")}
+    total = (
+        f"the preloaded header misses {bytes_text(sums['missing'])} and has {bytes_text(sums['too much'])} too much\n"
+    )
+    return table([("preloaded header", "range", "size", "why"), *rows]) + total
+
+
+def device_json(device: Device) -> dict[str, Any]:
+    return {
+        "name": device.name,
+        "addr": device.region.start,
+        "region_size": device.region.size,
+        "usable_region_size": device.usable,
+        "block_size": device.block_size,
+        "plugged_size": device.plugged_size,
+        "requested_size": device.requested_size,
+        "node_id": device.node_id,
+        "plugged": None if device.bitmap is None else _pairs(device.plugged),
+        "why": device.why,
+        "gated_by_kernel": device.gated_by_kernel,
+        "requests": device.requests,
+        "problems": list(device.problems),
+    }
+
+
+def plug_text(devices: list[Device]) -> str:
+    if not devices:
+        return "no virtio-mem devices\n"
+    rows = [("device", "region", "block", "plugged", "of", "runs", "asked")]
+    for d in devices:
+        plugged = d.plugged
+        known = d.bitmap is not None
+        rows.append(
+            (
+                d.name,
+                str(d.region),
+                bytes_text(d.block_size),
+                bytes_text(plugged.size) if known else "unknown",
+                bytes_text(d.region.size),
+                str(len(plugged)) if known else "-",
+                f"{d.requests} requests" if known and d.requests else d.why,
+            )
+        )
+    return table(rows)
+
+
+def guard_json(dump: Dump) -> dict[str, Any]:
+    """What each rule refuses, what reads were refused, what could not be read: the report beside the vmcore."""
+    counters = dump.registry.counters()
+    refused: dict[str, list[Range]] = {}
+    spans = RangeSet((e.paddr, e.paddr + e.size) for e in dump.core.extents) | dump.envelope.all
+    for span in spans.outer_pages(dump.machine.page_size):
+        for run, rule in dump.registry.verdicts(*span):
+            if rule:
+                refused.setdefault(rule.name, []).append(run)
+    memory = dump.memory
+    return {
+        "rules": [
+            {
+                "name": rule.name,
+                "reason": rule.reason,
+                "trouble": rule.trouble,
+                "refused": _pairs(refused.get(rule.name, [])),
+                "refused_bytes": sum(r.size for r in refused.get(rule.name, [])),
+                "page_reads_refused": counters[rule.name],
+            }
+            for rule in dump.registry
+        ],
+        "bytes_read": memory.bytes_read,
+        "bytes_refused": memory.bytes_refused,
+        "unreadable": [
+            {"start": f.range.start, "end": f.range.end, "why": os.strerror(f.errno)} for f in memory.faults()
+        ],
+        "lost": _pairs(dump.lost()),
+        "devices": [device_json(d) for d in dump.machine.devices],
+        "problems": list(dump.problems),
+    }
+
+
+def as_json(value: dict[str, Any]) -> bytes:
+    return (json.dumps(value, indent=1) + "\n").encode()

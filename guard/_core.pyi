@@ -1,0 +1,16 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+# The C core as cffi shows it; guard/csrc/*.h and capture/csrc/fuse.h are its documentation.
+from typing import Any
+
+CData = Any
+
+class _FFI:
+    NULL: CData
+    def new(self, cdecl: str, init: object = ...) -> CData: ...
+    def from_buffer(self, cdecl: str, buffer: object) -> CData: ...
+    def buffer(self, cdata: CData, size: int = ...) -> Any: ...
+    def addressof(self, cdata: CData) -> CData: ...
+    def cast(self, cdecl: str, value: object) -> CData: ...
+
+ffi: _FFI
+lib: Any

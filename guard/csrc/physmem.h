@@ -1,0 +1,67 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/*
+ * Guarded reads of old memory by physical address.
+ *
+ * Old memory is a list of segments, each some file's view of a physical range: /dev/mem (mapped in windows, because
+ * read(2) of it ends at the capture kernel's own memory), /proc/vmcore, an image, a block device (pread). A page
+ * that the gate refuses reads as zeros; a page that cannot be read (no segment, EIO, EFAULT, SIGBUS) reads as zeros
+ * and is logged; the rest of the request is served. No allocation, and no state but the structure itself and the
+ * thread's SIGBUS slot. One structure serves one thread at a time.
+ */
+#ifndef OLDMEM_PHYSMEM_H
+#define OLDMEM_PHYSMEM_H
+
+#include "gate.h"
+
+enum { PHYSMEM_PREAD, PHYSMEM_MMAP };
+enum { PHYSMEM_WINDOWS = 4 };
+
+struct physmem_segment {
+	uint64_t paddr, size;	/* bytes, whole pages */
+	uint64_t offset;	/* of paddr in the file */
+	int fd;
+	int how;		/* PHYSMEM_PREAD or PHYSMEM_MMAP */
+};
+
+struct physmem_window {
+	const struct physmem_segment *segment;
+	uint64_t start, size;	/* bytes from the segment's start */
+	const uint8_t *map;
+	uint64_t used;		/* clock of the last use: the oldest window makes room */
+};
+
+struct physmem_fault {
+	uint64_t first, end;	/* pfns [first, end) that could not be read */
+	int error;		/* errno; ENXIO where no segment holds the page, EFAULT also for SIGBUS */
+};
+
+struct physmem {
+	size_t n;
+	const struct physmem_segment *segments;	/* ascending, disjoint */
+	struct gate *gate;
+	uint32_t page_shift;
+	uint64_t window_size;			/* bytes, a power of two */
+	struct physmem_window windows[PHYSMEM_WINDOWS];
+	uint64_t clock;
+	struct physmem_fault *faults;		/* log of max_faults runs; further ones are only counted */
+	size_t n_faults, max_faults;
+	uint64_t fault_pages;			/* page reads that failed, repeated ones counted again */
+	uint64_t bytes_read, bytes_refused;
+};
+
+/* Install the SIGBUS handler (process-wide, chains to the earlier one); once, before the first read. 0 or -errno. */
+int physmem_catch_sigbus(void);
+
+/* Fill buf with n bytes from paddr on; refused and unreadable pages become zeros. */
+void physmem_read(struct physmem *m, uint64_t paddr, void *buf, size_t n);
+
+/*
+ * As physmem_read(), but all or nothing, and nothing is counted or logged: 0, or -EACCES (a page is refused) or
+ * another -errno with *bad set to the first physical address that could not be read.
+ */
+int physmem_read_exact(struct physmem *m, uint64_t paddr, void *buf, size_t n, uint64_t *bad);
+
+/* Unmap all windows. */
+void physmem_unmap(struct physmem *m);
+
+#endif

@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Memory sections of the dead kernel (SPARSEMEM, include/linux/mmzone.h): where it had struct pages, and which were
+online.
+
+All that is needed stands in vmcoreinfo. With SPARSEMEM_EXTREME, mem_section is a pointer to an array of pointers to
+pages full of struct mem_section; otherwise it is the array itself. The low bits of section_mem_map are the section's
+state."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from guard.errors import ReadError, WitnessError
+from guard.ranges import RangeSet
+from guard.witness.memory import Problems
+from guard.witness.pagewalk import PageWalk
+from guard.witness.vmcoreinfo import Vmcoreinfo
+
+MARKED_PRESENT = 1 << 0
+HAS_MEM_MAP = 1 << 1
+IS_ONLINE = 1 << 2
+
+_MAX_SECTIONS = 1 << 28
+_MAX_READS = 1 << 16
+"""Pages of sections read at most: with 128 MiB sections, 1 PiB of memory."""
+_POINTERS = 1 << 15
+"""Bytes of the top array read at a time."""
+
+
+class Sections(NamedTuple):
+    """Physical bytes in sections that are present, and in those that are online (present, with a memory map,
+    onlined)."""
+
+    section_size: int
+    present: RangeSet
+    online: RangeSet
+
+
+def read_sections(walk: PageWalk, info: Vmcoreinfo, problems: Problems) -> Sections:
+    """The state of all sections; what cannot be read counts as absent and is told in *problems*.
+
+    Raises WitnessError or ReadError if vmcoreinfo lacks a key, contradicts itself, or the top array cannot be read."""
+    array = _need(info.symbol("mem_section"), "SYMBOL(mem_section)")
+    length = _need(info.length("mem_section"), "LENGTH(mem_section)")
+    size = _need(info.size("mem_section"), "SIZE(mem_section)")
+    map_offset = _need(info.offset("mem_section.section_mem_map"), "OFFSET(mem_section.section_mem_map)")
+    section_bits = _need(info.number("SECTION_SIZE_BITS"), "NUMBER(SECTION_SIZE_BITS)")
+    memory_bits = _need(info.number("MAX_PHYSMEM_BITS"), "NUMBER(MAX_PHYSMEM_BITS)")
+    page_size = _need(info.page_size, "PAGESIZE")
+    if not 20 <= section_bits <= memory_bits <= 64 or 1 << (memory_bits - section_bits) > _MAX_SECTIONS:
+        raise WitnessError(
+            f"vmcoreinfo: sections of 2^{section_bits} bytes in memory of 2^{memory_bits} are not plausible"
+        )
+    if size % 8 or map_offset % 8 or not 8 <= map_offset + 8 <= size <= page_size:
+        raise WitnessError(
+            f"vmcoreinfo: mem_section of {size} bytes with section_mem_map at {map_offset} is not plausible"
+        )
+    count = 1 << (memory_bits - section_bits)
+    per_root = page_size // size
+    if length == -(-count // per_root):
+        pieces = _extreme(walk, walk.read_u64(array), length, per_root, size, problems)
+    elif length == count:
+        pieces = _flat(walk, array, length, per_root, size, problems)
+    else:
+        raise WitnessError(
+            f"vmcoreinfo: LENGTH(mem_section) is {length}, {count} sections or roots of {per_root} were expected"
+        )
+    present: list[tuple[int, int]] = []
+    online: list[tuple[int, int]] = []
+    for first, data in pieces:
+        maps = struct.unpack(f"<{len(data) // 8}Q", data)[map_offset // 8 :: size // 8]
+        for number, state in enumerate(maps[: count - first], first):
+            if state & MARKED_PRESENT:
+                _extend(present, number)
+                if state & HAS_MEM_MAP and state & IS_ONLINE:
+                    _extend(online, number)
+    return Sections(1 << section_bits, _bytes(present, section_bits), _bytes(online, section_bits))
+
+
+def _need(value: int | None, key: str) -> int:
+    if value is None:
+        raise WitnessError(f"vmcoreinfo has no {key}: section states are not known")
+    return value
+
+
+def _extreme(
+    walk: PageWalk, roots: int, length: int, per_root: int, size: int, problems: Problems
+) -> Iterator[tuple[int, bytes]]:
+    """(number of the first section, its struct mem_section and those that follow it) for each root there is."""
+    reads = 0
+    for at in range(0, 8 * length, _POINTERS):
+        pointers = walk.read(roots + at, min(_POINTERS, 8 * length - at))
+        if not any(pointers):
+            continue
+        for number, (root,) in enumerate(struct.iter_unpack("<Q", pointers), at // 8):
+            if not root:
+                continue
+            reads += 1
+            if reads > _MAX_READS:
+                problems.note(f"mem_section: more than {_MAX_READS} roots, those from {number} on are left out")
+                return
+            try:
+                yield number * per_root, walk.read(root, per_root * size)
+            except (WitnessError, ReadError) as error:
+                problems.note(f"mem_section: root {number} at {root:#x} is left out: {error}")
+
+
+def _flat(
+    walk: PageWalk, array: int, length: int, per_read: int, size: int, problems: Problems
+) -> Iterator[tuple[int, bytes]]:
+    for reads, first in enumerate(range(0, length, per_read)):
+        if reads == _MAX_READS:
+            problems.note(f"mem_section: sections from {first} on are left out")
+            return
+        try:
+            yield first, walk.read(array + first * size, min(per_read, length - first) * size)
+        except (WitnessError, ReadError) as error:
+            problems.note(f"mem_section: {per_read} sections from {first} on are left out: {error}")
+
+
+def _extend(runs: list[tuple[int, int]], number: int) -> None:
+    if runs and runs[-1][1] == number:
+        runs[-1] = (runs[-1][0], number + 1)
+    else:
+        runs.append((number, number + 1))
+
+
+def _bytes(runs: list[tuple[int, int]], section_bits: int) -> RangeSet:
+    return RangeSet((first << section_bits, end << section_bits) for first, end in runs)
