@@ -67,8 +67,8 @@ def _watcher_process(server: FuseServer, undo: list[str]) -> int:
     return 0
 
 
-def serve_in_background(server: FuseServer, probe: str, undo: list[str]) -> int:
-    """Start serving and wait until the file *probe*, in the mount, reads as a vmcore. Returns the watcher's pid.
+def serve_in_background(server: FuseServer, undo: list[str]) -> int:
+    """Start serving and wait until the mounted vmcore can be read. Returns the watcher's pid.
 
     *undo* is what the watcher unmounts if the server dies: the server's own mount, and what is to be mounted from
     it. Raises Error, with the server gone and unmounted, if it does not come up."""
@@ -81,7 +81,7 @@ def serve_in_background(server: FuseServer, probe: str, undo: list[str]) -> int:
             os._exit(code)
     os.close(server.fd)
     try:
-        _wait_until_served(probe)
+        _wait_until_served(server.probe)
     except BaseException:
         unmount(server.target)
         os.kill(pid, signal.SIGTERM)

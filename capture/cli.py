@@ -128,8 +128,7 @@ def cmd_mount(args: argparse.Namespace) -> int:
     if args.foreground:
         serve_until_stopped(server, [args.target])
         return finished(dump)
-    probe = os.path.join(args.target, "vmcore") if os.path.isdir(args.target) else args.target
-    serve_in_background(server, probe, [args.target])
+    serve_in_background(server, [args.target])
     return DONE
 
 

@@ -62,14 +62,16 @@ class FuseServer:
     """A mounted FUSE file system that waits to be served.
 
     *target* decides the shape: an existing file is mounted over, a folder gets the files. *texts* maps names to
-    functions that return a report's bytes at the moment it is opened (folder only)."""
+    functions that return a report's bytes at the moment it is opened (folder only). *probe* is where the vmcore is."""
 
     def __init__(
         self, vmcore: Vmcore, target: str, texts: dict[str, Callable[[], bytes]], direct: bool = False
     ) -> None:
         self.vmcore = vmcore
         self.target = target
+        # asked now: once mounted, and until it is served, the target answers nobody
         folder = os.path.isdir(target)
+        self.probe = os.path.join(target, "vmcore") if folder else target
         nodes: list[tuple[int, str, Callable[[], bytes] | None]]
         if folder:
             nodes = [

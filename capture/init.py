@@ -27,16 +27,16 @@ def bring_up(dump: Dump, folder: str = FOLDER, over: str = procvmcore.PATH) -> s
     """Serve *dump* at *folder* and over the file *over* if there is one; returns where the vmcore is.
 
     Raises Error with everything undone."""
-    if mounted_device(folder) or mounted_device(over):
-        raise Error(f"{folder} or {over} is mounted already; umount it first")
+    for target in (folder, over):
+        if mounted_device(target):
+            raise Error(f"something is mounted on {target} already; umount it first")
     os.makedirs(folder, exist_ok=True)
-    vmcore = os.path.join(folder, "vmcore")
     server = FuseServer(dump.vmcore, folder, texts(dump))  # type: ignore[arg-type]
-    serve_in_background(server, vmcore, [folder, over])
+    serve_in_background(server, [folder, over])
     if not os.path.exists(over):
-        return vmcore
+        return server.probe
     try:
-        mount(vmcore, over, None, MS_BIND, None)
+        mount(server.probe, over, None, MS_BIND, None)
     except Error:
         unmount(folder)
         raise

@@ -123,6 +123,12 @@ class _Troubles:
     def __init__(self, config: Config) -> None:
         self._config = config
         self._kinds: dict[str, list[int]] = {}
+        self._void = 0
+        self._first_void = ""
+
+    def void_round(self, why: str) -> None:
+        self._first_void = self._first_void or why
+        self._void += 1
 
     def note(self, kind: str, ask: Ask) -> None:
         if len(self._kinds) >= _MAX_KINDS:
@@ -132,6 +138,8 @@ class _Troubles:
         entry[1] += ask.blocks
 
     def lines(self) -> Iterator[str]:
+        if self._void:
+            yield f"void rounds: {self._void}, their requests asked once more (first: {self._first_void})"
         for kind, (requests, blocks, first) in self._kinds.items():
             where = self._config.addr + first * self._config.block_size
             yield f"{requests} STATE requests: {kind} (first at {where:#x}): {blocks} blocks taken as not RAM"
@@ -207,13 +215,19 @@ def _run(
         kicks += 1
         replies: list[bytes | None] = [None] * len(batch)
         kind = f"no answer within {answer_timeout:g} s"
+        void = False
         try:
             replies = transport.exchange(packed, min(remaining, answer_timeout))
         except DeviceError as error:
             kind = str(error)
+            troubles.void_round(kind)
+            void = True
         silent = 0 if any(reply is not None for reply in replies) else silent + 1
         busy = False
         for ask, reply in zip(batch, replies, strict=True):
+            if void and not ask.tries:
+                search.retry(ask)
+                continue
             if reply is None:
                 troubles.note(kind, ask)
                 search.settle(ask, None)

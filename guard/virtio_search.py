@@ -11,7 +11,8 @@ from typing import NamedTuple
 
 STATE_PLUGGED, STATE_UNPLUGGED, STATE_MIXED = 0, 1, 2
 
-_SPLIT_UNASKED = 4
+# Below this many blocks, plug states aligned to more than a block make it likely that the other half is uniform too.
+_SPLIT_UNASKED = 8
 
 
 def set_blocks(bitmap: bytearray, first: int, count: int) -> None:

@@ -34,8 +34,7 @@ VMCOREINFO = "vmcoreinfo"
 ELFCOREHDR = "elfcorehdr"
 
 PHYS_END = 1 << 56
-"""No byte of memory lies at or above this physical address: x86_64 has at most 52 bits, aarch64 56, s390x (Linux)
-53."""
+"""No memory lies at or above this physical address: x86_64 has at most 52 bits, aarch64 56, s390x (Linux) 53."""
 
 _MAX_PROBLEMS = 16
 

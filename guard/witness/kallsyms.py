@@ -20,6 +20,7 @@ _MAX_SYMBOLS = 1 << 22
 _MAX_NAMES_SIZE = 1 << 24
 _MAX_CODES = 512
 """KSYM_NAME_LEN: no name, and so no token, is longer."""
+_LONGEST = 2 + _MAX_CODES
 _U64 = (1 << 64) - 1
 
 
@@ -87,14 +88,15 @@ class _NameScan:
         self._prefixes = {name[:end] for name in self._wanted for end in range(len(name) + 1)}
         self._missing = len(names)
         self.found: dict[str, _Found] = {}
-        # Which first code, and which first two, can begin "<type letter><wanted name>".
-        self._first = bytes(self._possible(token) for token in tokens)
+        # Which first code, and which first two, can begin "<type letter><wanted name>". Codes that the kernel does not
+        # use have empty tokens: they begin nothing.
+        self._first = bytes(token[:1].isalpha() and self._possible(token) for token in tokens)
         self._pairs = {
             bytes((a, b))
             for a, token in enumerate(tokens)
             if self._first[a]
             for b, after in enumerate(tokens)
-            if self._possible(token + after)
+            if after and self._possible(token + after)
         }
 
     def _possible(self, text: bytes) -> bool:
@@ -110,22 +112,23 @@ class _NameScan:
                 try:
                     buffer = buffer[at:] + next(chunks)
                 except StopIteration:
-                    buffer, end = buffer[at:], f"they take over {_MAX_NAMES_SIZE} bytes"
+                    buffer, end = buffer[at:] + bytes(_LONGEST), f"they take over {_MAX_NAMES_SIZE} bytes"
                 except (WitnessError, ReadError) as error:
-                    buffer, end = buffer[at:], str(error)
+                    buffer, end = buffer[at:] + bytes(_LONGEST), str(error)
                 at = 0
-            # Complete names only: those that begin before the last _MAX_CODES + 2 bytes, or all if nothing follows.
-            safe = len(buffer) - (0 if end else _MAX_CODES + 2)
+            # A name that begins before `safe` is whole; after the last chunk padding stands in for the next one.
+            safe = len(buffer) - _LONGEST
+            limit = safe if end else len(buffer)
             while at < safe and index < count:
                 length = buffer[at]
                 at += 1
                 if length > 127:
-                    length = length & 127 | buffer[at : at + 1].ljust(1, b"\0")[0] << 7
+                    length = length & 127 | buffer[at] << 7
                     at += 1
                 if not 0 < length <= _MAX_CODES:
                     problems.note(f"kallsyms: symbol {index} of {count} has {length} codes, the rest is left out")
                     return
-                if at + length <= len(buffer) and first[buffer[at]] and (length == 1 or buffer[at : at + 2] in pairs):
+                if first[buffer[at]] and (buffer[at : at + 2] in pairs or length == 1) and at + length <= limit:
                     self._consider(index, buffer[at : at + length])
                     if not self._missing:
                         return

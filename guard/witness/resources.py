@@ -46,7 +46,7 @@ def resource_at(walk: PageWalk, vaddr: int) -> Range:
     return Range(start, end + 1 if end else start)
 
 
-def walk_resources(walk: PageWalk, root: int, problems: Problems, max_nodes: int = 1 << 16) -> list[Resource]:
+def walk_resources(walk: PageWalk, root: int, problems: Problems, max_nodes: int = 1 << 15) -> list[Resource]:
     """All resources below the one at virtual address *root* (iomem_resource), in the order of /proc/iomem.
 
     Cycles, unreadable nodes and nodes that make no sense end their branch, and are told in *problems*. A tree is cut at

@@ -73,8 +73,9 @@ def _rank(candidate: Candidate) -> tuple[bool, int, int]:
 
 def _hits(mem: Memory, ranges: RangeSet) -> Iterator[int]:
     """Physical addresses where namesz, type and name of a VMCOREINFO note stand, ascending."""
+    # What is kept is one byte short of a header and name, so nothing is found twice.
     kept = b""
-    expected = last = -1
+    expected = -1
     for piece, data in _read_all(mem, ranges):
         if piece.start != expected:
             kept = b""
@@ -83,9 +84,8 @@ def _hits(mem: Memory, ranges: RangeSet) -> Iterator[int]:
         at = text.find(NOTE_NAME, 12)
         while at >= 0:
             namesz, _descsz, kind = _NHDR.unpack_from(text, at - 12)
-            if (namesz, kind) == (len(NOTE_NAME), 0) and base + at - 12 > last:
-                last = base + at - 12
-                yield last
+            if (namesz, kind) == (len(NOTE_NAME), 0):
+                yield base + at - 12
             at = text.find(NOTE_NAME, at + 1)
         kept = text[-(12 + len(NOTE_NAME) - 1) :]
         expected = piece.end

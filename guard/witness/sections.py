@@ -25,6 +25,8 @@ IS_ONLINE = 1 << 2
 _MAX_SECTIONS = 1 << 28
 _MAX_READS = 1 << 16
 """Pages of sections read at most: with 128 MiB sections, 1 PiB of memory."""
+_MAX_RUNS = 1 << 15
+"""Runs of sections kept at most; each costs memory in the capture kernel."""
 _POINTERS = 1 << 15
 """Bytes of the top array read at a time."""
 
@@ -70,6 +72,9 @@ def read_sections(walk: PageWalk, info: Vmcoreinfo, problems: Problems) -> Secti
     present: list[tuple[int, int]] = []
     online: list[tuple[int, int]] = []
     for first, data in pieces:
+        if len(present) + len(online) > _MAX_RUNS:
+            problems.note(f"mem_section: more than {_MAX_RUNS} runs of sections, those from {first} on are left out")
+            break
         maps = struct.unpack(f"<{len(data) // 8}Q", data)[map_offset // 8 :: size // 8]
         for number, state in enumerate(maps[: count - first], first):
             if state & MARKED_PRESENT:

@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The stock Debian pieces that the guests are made of, downloaded once into a cache folder (``OLDMEM_CACHE``, default
+``.cache/vm`` in the repository): the cloud kernels of three generations, and a trixie sysroot with kexec,
+makedumpfile and busybox. ``python -m tests.vm.harness.fetch`` fetches everything beforehand.
+
+A piece is unpacked beside its place and renamed into it, so that a folder with its final name is complete."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+from .apt import FetchError, Suite, unpack
+
+SUITES = {"6.1": "bookworm", "6.12": "trixie", "7": "trixie-backports"}
+METAPACKAGE = "linux-image-cloud-amd64"
+# 7.x is split into image, modules, binary and base packages; older generations have the image package alone.
+KERNEL_PACKAGE = re.compile(r"linux-(image|modules|binary|base)-\d")
+SYSROOT_SUITE = "trixie"
+SYSROOT_PACKAGES = ("kexec-tools", "makedumpfile", "busybox-static")
+
+
+class Kernel(NamedTuple):
+    """A stock kernel: its ``uname -r``, the image, and the folder of its (compressed) modules."""
+
+    generation: str
+    release: str
+    vmlinuz: Path
+    modules: Path
+
+
+def cache() -> Path:
+    """The cache folder; it may not exist yet."""
+    default = Path(__file__).resolve().parents[3] / ".cache" / "vm"
+    return Path(os.environ.get("OLDMEM_CACHE") or default)
+
+
+def kernel(generation: str) -> Kernel:
+    """The Debian cloud kernel of *generation*, one of :data:`SUITES`. Raises FetchError."""
+    suite = SUITES[generation]
+    root = _piece(f"kernel-{generation}", lambda into: _fetch_kernel(suite, into))
+    modules = next((root / "usr/lib/modules").iterdir())
+    candidates = (modules / "vmlinuz", root / "boot" / f"vmlinuz-{modules.name}")
+    vmlinuz = next((path for path in candidates if path.is_file()), None)
+    if vmlinuz is None:
+        raise FetchError(f"{root}: no vmlinuz of {modules.name}")
+    return Kernel(generation, modules.name, vmlinuz, modules)
+
+
+def sysroot() -> Path:
+    """Root of a tree that holds :data:`SYSROOT_PACKAGES` and their libraries. Raises FetchError."""
+    return _piece("sysroot", lambda into: unpack(_suite(SYSROOT_SUITE).download_closure(SYSROOT_PACKAGES), into))
+
+
+def _fetch_kernel(suite_name: str, into: Path) -> None:
+    suite = _suite(suite_name)
+    wanted: list[str] = []
+    todo = [METAPACKAGE]
+    while todo:
+        for name in suite.depends(todo.pop()):
+            if KERNEL_PACKAGE.match(name) and name not in wanted:
+                wanted.append(name)
+                todo.append(name)
+    if not wanted:
+        raise FetchError(f"{METAPACKAGE}: {suite_name} has no such package, or it names no kernel")
+    unpack(suite.download(wanted), into)
+
+
+def _suite(name: str) -> Suite:
+    return Suite(name, cache() / "apt" / name)
+
+
+def _piece(name: str, make: Callable[[Path], None]) -> Path:
+    final = cache() / name
+    if final.is_dir():
+        return final
+    with _lock():
+        if not final.is_dir():
+            partial = cache() / f"{name}.partial"
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir()
+            make(partial)
+            partial.rename(final)
+            shutil.rmtree(cache() / "apt")
+    return final
+
+
+@contextmanager
+def _lock() -> Iterator[None]:
+    cache().mkdir(parents=True, exist_ok=True)
+    with open(cache() / "lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def main() -> int:
+    for generation in SUITES:
+        start = time.monotonic()
+        found = kernel(generation)
+        print(f"{generation}: {found.release} ({time.monotonic() - start:.1f} s)")
+    start = time.monotonic()
+    print(f"sysroot: {sysroot()} ({time.monotonic() - start:.1f} s)")
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except FetchError as error:
+        sys.exit(f"fetch: {error}")

@@ -1,0 +1,211 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""A stock Debian guest: booted, plugged, crashed, and looked at from the host. All that waits has a time-out; errors
+carry the last lines of the guest's console."""
+
+from __future__ import annotations
+
+import io
+import subprocess
+import tarfile
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Literal, Self
+
+from guard.ranges import RangeSet
+
+from . import fetch, images, memory
+from .memory import GiB, MiB, Device, Plugged, RamFile
+from .qemu import Qemu
+from .serial import ConsoleError, Ready, Result, Serial
+
+BOOT_TIMEOUT = 180.0
+SETTLE = 6.0  # longer than the driver's first retry of a refused request (virtio_mem: 5 s)
+CAPTURE_APPEND = "console=ttyS0 irqpoll nr_cpus=1 reset_devices panic=-1 harness.capture"
+FRAGMENT = Path(__file__).resolve().parent / "guest" / "fragment"
+
+
+class GuestError(Exception):
+    """A step inside the guest failed; has the command and what it said."""
+
+
+class Guest:
+    """A context manager: the guest is up inside ``with``, its first kernel at the shell, its devices plugged.
+
+    *kernel* is one of ``fetch.SUITES``; *memory* the boot RAM in bytes, of which *below_4g* lie below 4 GiB and the rest
+    from 4 GiB on; *online* the zone that added memory goes to ("movable": can be unplugged again; "kernel": the kernel
+    uses it for itself too); *oldmem* whether the initramfs has Python and oldmem."""
+
+    def __init__(
+        self,
+        kernel: str = "6.12",
+        *,
+        memory: int = 768 * MiB,
+        below_4g: int = 512 * MiB,
+        devices: Sequence[Device] = (),
+        crashkernel: str = "192M",
+        smp: int = 2,
+        online: Literal["movable", "kernel"] = "movable",
+        append: str = "",
+        oldmem: bool = True,
+    ) -> None:
+        self.kernel = fetch.kernel(kernel)
+        self.devices = {device.name: device for device in devices}
+        self._initramfs = images.initramfs(kernel, oldmem)
+        self._memory = memory
+        self._below_4g = min(below_4g, memory)
+        self._smp = smp
+        options = f"console=ttyS0 panic=-1 crashkernel={crashkernel} memhp_default_state=online_{online}"
+        self._append = f"{options} {append}".rstrip()
+
+    def __enter__(self) -> Self:
+        self._qemu = Qemu(
+            vmlinuz=self.kernel.vmlinuz,
+            initramfs=self._initramfs,
+            append=self._append,
+            memory=self._memory,
+            below_4g=self._below_4g,
+            devices=tuple(self.devices.values()),
+            smp=self._smp,
+        )
+        try:
+            self.serial = Serial(self._qemu.console)
+            self.ready = self.serial.wait_ready(BOOT_TIMEOUT)
+            for device in self.devices.values():
+                self._wait_settled(device.name)
+        except BaseException:
+            self._qemu.close()
+            raise
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._qemu.close()
+
+    @property
+    def pid(self) -> int:
+        """QEMU's process."""
+        return self._qemu.process.pid
+
+    @property
+    def console_tail(self) -> str:
+        return self.serial.tail
+
+    def run(self, command: str, timeout: float = 120) -> Result:
+        """Runs *command* with the guest's shell; status and output. Raises ConsoleError."""
+        return self.serial.run(command, timeout)
+
+    def sh(self, command: str, timeout: float = 120) -> str:
+        """Output of *command*. Raises GuestError if it fails, ConsoleError if it does not end in time."""
+        status, output = self.run(command, timeout)
+        if status:
+            raise GuestError(f"`{command}` in the guest: status {status}\n{output}")
+        return output
+
+    def put(self, files: Mapping[str, Path | bytes]) -> None:
+        """Copies *files* into the guest, by absolute path there; files given as bytes become executable."""
+        with open(self._qemu.tools, "r+b") as disk, tarfile.open(fileobj=disk, mode="w") as archive:
+            for name, content in files.items():
+                if isinstance(content, Path):
+                    archive.add(content, name)
+                    continue
+                entry = tarfile.TarInfo(name)
+                entry.size, entry.mode = len(content), 0o755
+                archive.addfile(entry, io.BytesIO(content))
+        self.sh("blockdev --flushbufs /dev/tools && tar -C / -xf /dev/tools", 30)
+
+    def get(self, *paths: str, timeout: float = 300) -> Path:
+        """Copies *paths* (absolute, in the guest) to a folder of the host, which lives as long as the guest does."""
+        self.sh(f"tar -cf /dev/scratch {' '.join(paths)} && sync", timeout)
+        folder = Path(tempfile.mkdtemp(prefix="get-", dir=self._qemu.folder))
+        subprocess.run(["tar", "-C", folder, "-xf", self._qemu.scratch], check=True, capture_output=True)
+        return folder
+
+    def load(self, syscall: Literal["s", "c"] = "s", append: str = "", options: str = "") -> None:
+        """Loads the capture kernel (the same as the first) with kexec_file_load(2) ("s") or kexec_load(2) ("c"); *append*
+        is added to its command line, *options* to those of kexec."""
+        self.put({"/tmp/vmlinuz": self.kernel.vmlinuz, "/tmp/initramfs": self._initramfs})
+        line = f"{CAPTURE_APPEND} {append}".rstrip()
+        self.sh(
+            f"kexec -{syscall} -p {options} --initrd=/tmp/initramfs --command-line='{line}' /tmp/vmlinuz &&"
+            " grep -q 1 /sys/kernel/kexec_crash_loaded && rm /tmp/vmlinuz /tmp/initramfs"
+        )
+
+    def crash(self, timeout: float = BOOT_TIMEOUT) -> Ready:
+        """Crashes the kernel (sysrq c) and waits for the capture kernel's shell. Raises ConsoleError."""
+        self.serial.send("echo c > /proc/sysrq-trigger")
+        self.ready = self.serial.wait_ready(timeout)
+        return self.ready
+
+    def resize(self, name: str, size: int, timeout: float = 120) -> int:
+        """Requests *size* bytes of device *name*; waits until they are plugged, or the guest has given up on the rest.
+        Bytes plugged then."""
+        self._qemu.qmp.command("qom-set", path=f"/machine/peripheral/{name}", property="requested-size", value=size)
+        return self._wait_settled(name, timeout)
+
+    def fragment(self, name: str, size: int, timeout: float = 300) -> int:
+        """Scatters unmovable kernel objects over the guest's memory, then shrinks device *name* towards *size*: what is
+        left plugged has holes. Needs ``online="kernel"``. Bytes plugged then."""
+        self.put({"/tmp/fragment": FRAGMENT.read_bytes()})
+        self.sh("/tmp/fragment", timeout)
+        return self.resize(name, size)
+
+    def plug_truth(self) -> dict[str, Plugged]:
+        """QEMU's own word on each virtio-mem device."""
+        truth: dict[str, Plugged] = {}
+        for item in self._qemu.qmp.command("query-memory-devices"):
+            data = item["data"]
+            truth[data["id"]] = Plugged(
+                data["memaddr"], data["size"], data["requested-size"], data["max-size"], data["block-size"]
+            )
+        return truth
+
+    @property
+    def ram_files(self) -> tuple[RamFile, ...]:
+        """Where the host finds each physical address: boot RAM below and above 4 GiB, then the devices' regions."""
+        ram = self._qemu.ram_path("ram")
+        files = [RamFile("ram", ram, 0, 0, self._below_4g)]
+        if self._memory > self._below_4g:
+            files.append(RamFile("ram", ram, self._below_4g, 4 * GiB, self._memory - self._below_4g))
+        for name, truth in self.plug_truth().items():
+            files.append(RamFile(name, self._qemu.ram_path(name), 0, truth.memaddr, truth.max_size))
+        return tuple(files)
+
+    def extents(self, name: str) -> RangeSet:
+        """Populated bytes of device *name*, as offsets into its region: the plugged blocks, and any unplugged page that
+        was touched."""
+        return memory.extents(self._qemu.ram_path(name))
+
+    def populated(self, name: str) -> RangeSet:
+        """:meth:`extents` as physical addresses."""
+        base = self.plug_truth()[name].memaddr
+        return RangeSet((base + start, base + end) for start, end in self.extents(name))
+
+    def allocated(self, name: str) -> int:
+        """Bytes of host memory behind device *name* (or ``ram``)."""
+        return memory.allocated(self._qemu.ram_path(name))
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Stops the guest's CPUs, so that its memory holds still for the host to read."""
+        self._qemu.qmp.command("stop")
+        try:
+            yield
+        finally:
+            self._qemu.qmp.command("cont")
+
+    def _wait_settled(self, name: str, timeout: float = 120) -> int:
+        end = time.monotonic() + timeout
+        last, since = -1, 0.0
+        while True:
+            truth = self.plug_truth()[name]
+            now = time.monotonic()
+            if truth.size != last:
+                last, since = truth.size, now
+            if truth.size == truth.requested or now - since > SETTLE:
+                return truth.size
+            if now > end:
+                raise ConsoleError(f"{name}: still changing after {timeout:.0f} s, {truth}\n{self.console_tail}")
+            time.sleep(0.1)

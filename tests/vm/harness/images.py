@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The guests' initramfs, the same for the first and the capture kernel: busybox, kexec and makedumpfile of the trixie
+sysroot, kernel modules, guest/init, and (unless told otherwise) oldmem with the interpreter that this runs under."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+from initramfs.builder import Builder
+from initramfs.compress import compress, default_method
+from initramfs.kmod import ModuleTree
+
+from . import fetch
+
+INIT = Path(__file__).resolve().parent / "guest" / "init"
+MODULES = ["virtio_pci", "virtio_blk", "virtio_mem", "fuse", "qemu_fw_cfg", "loop"]
+TOOLS = ("/usr/sbin/kexec", "/usr/bin/makedumpfile")
+LEVEL = 3  # the image is made anew for each test run, and one level more or less does not matter to the guest
+
+
+@functools.cache
+def initramfs(generation: str, oldmem: bool = True) -> bytes:
+    """Compressed archive for the kernel of *generation*. Raises FetchError, guard.errors.Error."""
+    kernel, sysroot = fetch.kernel(generation), fetch.sysroot()
+    builder = Builder(str(fetch.cache() / "build"))
+    builder.add_init(str(INIT))
+    builder.add_busybox(str(sysroot / "usr/bin/busybox"))
+    if oldmem:
+        builder.add_python()
+    for tool in TOOLS:
+        builder.add_binary(tool, sysroot=str(sysroot))
+    builder.add_modules(str(kernel.modules), MODULES)
+    _add_module_index(builder, kernel)
+    return compress(builder.archive(), default_method(), LEVEL)
+
+
+def _add_module_index(builder: Builder, kernel: fetch.Kernel) -> None:
+    """What modprobe needs: packages bring no modules.dep, depmod would make it at installation."""
+    tree = ModuleTree(str(kernel.modules))
+    lines: list[str] = []
+    for module in tree.load_order(MODULES):
+        needs = [need.path for need in tree.load_order([module.name])][-2::-1]
+        lines.append(" ".join([f"{module.path}:", *needs]))
+    folder = f"/lib/modules/{kernel.release}"
+    builder.add_bytes(f"{folder}/modules.dep", "\n".join([*lines, ""]).encode())
+    builder.add_file(f"{folder}/modules.builtin", str(kernel.modules / "modules.builtin"))

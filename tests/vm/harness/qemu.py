@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""One QEMU process and the files it lives on. Whatever becomes of the process that started it - even SIGKILL - QEMU
+ends with it (PR_SET_PDEATHSIG) and a waiting shell removes the files, since guest memory lies in /dev/shm."""
+
+from __future__ import annotations
+
+import shutil
+import socket
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from .memory import MiB, Device
+from .qmp import Qmp, QmpError
+
+PROGRAM = "qemu-system-x86_64"
+SHM = Path("/dev/shm")
+TOOLS_SIZE = 256 * MiB
+SCRATCH_SIZE = 8192 * MiB
+ALIGNMENT_SLACK = 1024 * MiB  # q35 aligns the region of each memory device, to 1 GiB at most
+
+
+class QemuError(Exception):
+    """QEMU did not start; ends with what it said."""
+
+
+class Qemu:
+    """A started guest: ``qmp``, the ``console`` socket, and the files in ``folder`` (/dev/shm): ``ram``, one per device,
+    ``tools`` (read-only disk of the guest) and ``scratch`` (disk that it may write)."""
+
+    def __init__(
+        self,
+        *,
+        vmlinuz: Path,
+        initramfs: bytes,
+        append: str,
+        memory: int,
+        below_4g: int,
+        devices: Sequence[Device],
+        smp: int,
+    ) -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix="oldmem-vm-", dir=SHM))
+        self._reaper = subprocess.Popen(
+            ["sh", "-c", 'read -r _; rm -rf -- "$1"', "sh", self.folder], stdin=subprocess.PIPE, start_new_session=True
+        )
+        try:
+            self.tools = self._sparse("tools", TOOLS_SIZE)
+            self.scratch = self._sparse("scratch", SCRATCH_SIZE)
+            image = self.folder / "initramfs"
+            image.write_bytes(initramfs)
+            self.console, console = socket.socketpair()
+            control, qmp = socket.socketpair()
+            with console, qmp:
+                command = [
+                    *("setpriv", "--pdeathsig", "KILL", "--", PROGRAM),
+                    *("-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"),
+                    *("-accel", "tcg,thread=multi", "-cpu", "max,-cx16", "-smp", str(smp)),
+                    *("-kernel", str(vmlinuz), "-initrd", str(image), "-append", append),
+                    *("-chardev", f"socket,id=console,fd={console.fileno()}", "-serial", "chardev:console"),
+                    *("-chardev", f"socket,id=qmp,fd={qmp.fileno()}", "-mon", "chardev=qmp,mode=control"),
+                    *("-device", "vmcoreinfo"),
+                    *self._memory_options(memory, below_4g, devices, smp),
+                    *self._disk_options(),
+                ]
+                self._errors = open(self.folder / "stderr", "w+b")
+                self.process = subprocess.Popen(
+                    command,
+                    stdin=subprocess.DEVNULL,
+                    stdout=self._errors,
+                    stderr=self._errors,
+                    pass_fds=(console.fileno(), qmp.fileno()),
+                    start_new_session=True,
+                )
+            try:
+                self.qmp = Qmp(control)
+            except QmpError as error:
+                self._end_process()
+                raise QemuError(f"{PROGRAM}: {error}: {self._said()}") from None
+        except BaseException:
+            self._remove_files()
+            raise
+
+    def ram_path(self, name: str) -> Path:
+        """The backing file of boot RAM (``ram``) or of a device."""
+        return self.folder / name
+
+    def close(self) -> None:
+        """Ends QEMU and removes its files. May be called again."""
+        if self.process.poll() is None:
+            try:
+                self.qmp.command("quit")
+            except QmpError:
+                pass
+        self._end_process()
+        self.console.close()
+        self.qmp.close()
+        self._remove_files()
+
+    def _memory_options(self, memory: int, below_4g: int, devices: Sequence[Device], smp: int) -> list[str]:
+        most = memory + sum(device.size + ALIGNMENT_SLACK for device in devices)
+        options = ["-machine", f"q35,max-ram-below-4g={below_4g}", "-m", f"{memory // MiB}M,maxmem={most // MiB}M"]
+        options += ["-object", f"memory-backend-file,id=ram,size={memory},mem-path={self.ram_path('ram')},share=on"]
+        options += ["-numa", f"node,nodeid=0,memdev=ram,cpus=0-{smp - 1}"]  # without a node there is no SRAT
+        for name, size, requested, block_size in devices:
+            path = self.ram_path(name)
+            backend = f"memory-backend-file,id=mem-{name},size={size},mem-path={path},share=on,reserve=off"
+            # prealloc: a plugged block is populated at once, so the file's extents are the plug bitmap
+            device = f"virtio-mem-pci,id={name},memdev=mem-{name},node=0,block-size={block_size},prealloc=on"
+            options += ["-object", backend, "-device", f"{device},requested-size={requested}"]
+        return options
+
+    def _disk_options(self) -> list[str]:
+        options: list[str] = []
+        for name, path, readonly in (("tools", self.tools, "on"), ("scratch", self.scratch, "off")):
+            options += ["-drive", f"if=none,id={name},format=raw,file={path},readonly={readonly}"]
+            # names such as vda are given in order of probing, which is not that of the command line
+            options += ["-device", f"virtio-blk-pci,drive={name},serial={name}"]
+        return options
+
+    def _sparse(self, name: str, size: int) -> Path:
+        path = self.folder / name
+        with open(path, "wb") as file:
+            file.truncate(size)
+        return path
+
+    def _end_process(self) -> None:
+        try:
+            self.process.wait(5)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+
+    def _said(self) -> str:
+        self._errors.seek(0)
+        return self._errors.read().decode(errors="replace").strip()
+
+    def _remove_files(self) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self._reaper.communicate()
+
+
+def missing() -> str | None:
+    """Why no guest can be started on this machine, or None."""
+    for program in (PROGRAM, "setpriv"):
+        if shutil.which(program) is None:
+            return f"{program} is not installed"
+    if not SHM.is_dir():
+        return f"{SHM}: no such folder"
+    return None
