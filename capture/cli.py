@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Callable
 from typing import TYPE_CHECKING, NoReturn
 
 from guard.errors import Error
@@ -57,6 +58,8 @@ def open_dump(args: argparse.Namespace) -> Dump:
             for report in dump.machine.reports.values():
                 for line in report.problems:
                     warn(line)
+            for line in dump.machine.remarks:
+                print(f"oldmem: note: {line}", file=sys.stderr)
             print(f"oldmem: memory read from {dump.machine.source}", file=sys.stderr)
     return dump
 
@@ -161,12 +164,18 @@ def cmd_check(args: argparse.Namespace) -> int:
     return FAILED if wrong else DONE
 
 
+class _Help(argparse.RawDescriptionHelpFormatter):
+    def __init__(self, prog: str) -> None:
+        # a given width spares the import of shutil and all its compressors
+        super().__init__(prog, width=int(os.environ.get("COLUMNS", "") or 100))
+
+
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
         prog="oldmem",
         description="Build the vmcore header of a dead machine after the crash, and guard every read of its memory.",
         epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=_Help,
     )
     top.add_argument("--version", action="version", version=f"oldmem {VERSION}")
     machine = argparse.ArgumentParser(add_help=False)
@@ -193,32 +202,31 @@ def parser() -> argparse.ArgumentParser:
     sub = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
     both = [machine, layout]
 
-    p = sub.add_parser("map", parents=both, help="what memory there was, how that is known, and what is refused")
+    def command(
+        name: str, run: Callable[[argparse.Namespace], int], about: str, *parents: argparse.ArgumentParser
+    ) -> argparse.ArgumentParser:
+        p = sub.add_parser(name, parents=parents, help=about, description=about, formatter_class=_Help)
+        p.set_defaults(run=run)
+        return p
+
+    p = command("map", cmd_map, "what memory there was, how that is known, and what is refused", *both)
     p.add_argument("--json", action="store_true")
     p.add_argument("--compare", action="store_true", help="what the preloaded header misses or has too much")
-    p.set_defaults(run=cmd_map)
-    p = sub.add_parser("plug", parents=[machine], help="virtio-mem devices and their plug bitmaps")
+    p = command("plug", cmd_plug, "virtio-mem devices and their plug bitmaps", machine)
     p.add_argument("--json", action="store_true")
-    p.set_defaults(run=cmd_plug)
-    p = sub.add_parser("header", parents=both, help="the header alone, as the vmcore starts")
+    p = command("header", cmd_header, "the header alone, as the vmcore starts", *both)
     p.add_argument("-o", "--output", metavar="FILE", required=True, help='"-" for standard output')
-    p.set_defaults(run=cmd_header)
-    p = sub.add_parser("mount", parents=both, help="serve the vmcore over a file, or as a folder")
+    p = command("mount", cmd_mount, "serve the vmcore over a file, or as a folder", *both)
     p.add_argument("target", help="a file (/proc/vmcore too) or a folder")
     p.add_argument("--foreground", action="store_true", help="stay until unmounted or interrupted")
     p.add_argument("--direct", action="store_true", help="a file without page cache: for dd and other large reads")
-    p.set_defaults(run=cmd_mount)
-    p = sub.add_parser("save", parents=both, help="guarded copy, sparse, with progress")
+    p = command("save", cmd_save, "guarded copy, sparse, with progress", *both)
     p.add_argument("-o", "--output", metavar="OUT", required=True, help='"-" streams to standard output')
-    p.set_defaults(run=cmd_save)
-    p = sub.add_parser("check", help="verify a vmcore")
+    p = command("check", cmd_check, "verify a vmcore")
     p.add_argument("file")
-    p.set_defaults(run=cmd_check)
-    p = sub.add_parser("record", parents=both, help="write this machine's state as a folder for --machine")
+    p = command("record", cmd_record, "write this machine's state as a folder for --machine", *both)
     p.add_argument("folder")
-    p.set_defaults(run=cmd_record)
-    p = sub.add_parser("init", parents=both, help="the capture-kernel step: a guarded vmcore over /proc/vmcore")
-    p.set_defaults(run=cmd_init)
+    command("init", cmd_init, "the capture-kernel step: a guarded vmcore over /proc/vmcore", *both)
     return top
 
 

@@ -26,5 +26,8 @@ def closure() -> list[str]:
     """Import all of the capture path and return the file of every module that is loaded then."""
     for name in MODULES:
         importlib.import_module(name)
+    from capture.cli import parser
+
+    parser().format_help()  # argparse imports what it formats with at the last moment
     files = (getattr(module, "__file__", None) for module in list(sys.modules.values()))
     return sorted({file for file in files if file})

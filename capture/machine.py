@@ -16,7 +16,7 @@ from capture.sources.report import SourceReport
 from capture.x86_64 import LOW_MEMORY
 from guard import devmem, loop, procvmcore, virtio_mem
 from guard.errors import Error, SourceError
-from guard.physmem import PREAD, Segment, layer, only
+from guard.physmem import PREAD, Segment, covered, layer, only
 from guard.procvmcore import CoreHeader
 from guard.ranges import Range, RangeSet
 from guard.witness.memory import Problems
@@ -51,6 +51,7 @@ class Machine:
     def __init__(self, root: str) -> None:
         self.root = root
         self.problems = Problems()
+        self.remarks = Problems()  # nothing wrong, but worth knowing: shown on request
         self.reports: dict[str, SourceReport] = {name: read(root) for name, read in SOURCES.items()}
         self.devices: list[Device] = []
         self.source = ""
@@ -166,33 +167,31 @@ class LiveMachine(Machine):
 
     def open_segments(self, envelope: Envelope) -> list[Segment]:
         gated = RangeSet(d.region for d in self.devices if d.gated_by_kernel)
-        wanted = envelope.all - gated
         upper: list[Segment] = []
-        used = []
+        refused: list[str] = []
         if self._wanted_source != "vmcore":
+            buffers = self.reports["iomem"].ranges(report.RAM_BUFFER)
             try:
-                opened = devmem.open_devmem(wanted, self.own, self.reports["iomem"].ranges(report.RAM_BUFFER))
-                self._fds.append(opened.fd)
-                upper = opened.segments
-                for line in opened.problems:
-                    self.problems.note(line)
-                used.append(devmem.PATH)
+                opened = devmem.open_devmem(envelope.all - gated, self.own, buffers)
             except SourceError as e:
                 if self._wanted_source == "devmem" or self.core_fd is None:
                     raise
                 self.problems.note(f"{e}; {procvmcore.PATH} is read instead, as far as its header reaches")
+            else:
+                self._fds.append(opened.fd)
+                upper, refused = opened.segments, opened.problems
         lower: list[Segment] = []
         if self._wanted_source != "devmem" and self.core_header is not None and self.core_fd is not None:
-            lower = only(
-                procvmcore.segments(self.core_fd, self.core_header),
-                envelope.all - RangeSet((s.paddr, s.end) for s in upper),
-            )
-            if lower:
-                used.append(procvmcore.PATH)
-        if not upper and not lower:
+            lower = only(procvmcore.segments(self.core_fd, self.core_header), envelope.all)
+        segments = layer(upper, lower)
+        if not segments:
             raise SourceError(f"neither {devmem.PATH} nor {procvmcore.PATH} shows any old memory")
-        self.source = " and ".join(used)
-        return layer(upper, lower)
+        # what /dev/mem refuses is no loss where the kernel's own header happens to have it
+        lost = envelope.all - self.own - covered(segments)
+        for line in refused:
+            (self.problems if lost else self.remarks).note(line)
+        self.source = " and ".join(dict.fromkeys(s.name for s in segments))
+        return segments
 
 
 def _own_vmcoreinfo() -> int | None:

@@ -99,8 +99,9 @@ def envelope(
     if fw_cfg:
         boot, source = fw_cfg, "fw_cfg"
         for name, other in (("smbios", smbios), ("srat", affinity)):
-            if other and boot - other:
-                problems.note(f"{name} does not have {boot - other}, which fw_cfg calls RAM; fw_cfg is believed")
+            # of the first MiB each source has its own idea, and it is never old memory
+            if other and (missing := boot - other - RangeSet([(0, 1 << 20)])):
+                problems.note(f"{name} does not have {missing}, which fw_cfg calls RAM; fw_cfg is believed")
     elif smbios and affinity:
         boot, source = smbios & affinity, "smbios and srat"
     elif smbios or affinity:

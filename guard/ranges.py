@@ -59,6 +59,11 @@ class RangeSet:
     def __repr__(self) -> str:
         return f"RangeSet([{', '.join(str(r) for r in self._items)}])"
 
+    def __str__(self) -> str:
+        """The ranges one by one; of many the first few and how many more."""
+        shown = ", ".join(map(str, self._items[:4]))
+        return shown + (f" and {len(self._items) - 4} more" if len(self._items) > 4 else "")
+
     @property
     def size(self) -> int:
         """Number of bytes in the set."""

@@ -184,7 +184,10 @@ class Builder:
         image."""
         closure = PythonClosure(interpreter or sys.executable, path, self._cache)
         packed = closure.collect()
-        self.add_dir(f"{closure.library}/lib-dynload", part="python")  # getpath.py's landmark for the exec prefix
+        # By these two the interpreter knows its prefix (Modules/getpath.py); where os is frozen in, the name is enough.
+        self.add_dir(f"{closure.library}/lib-dynload", part="python")
+        if f"{closure.library}/os.pyc" not in {file.path for file in packed.files}:
+            self.add_bytes(f"{closure.library}/os.pyc", b"", part="python")
         self._add_elf(packed.path, packed.executable, "python")
         for file in packed.files:
             if file.is_elf:

@@ -21,6 +21,9 @@ from guard.errors import Error
 
 _HERE = os.path.dirname(os.path.abspath(__file__))
 
+# Without column numbers, which only serve to mark a spot in a source line that the image does not have.
+_COMPILE = ("-I", "-S", "-X", "no_debug_ranges", os.path.join(_HERE, "_bytecode.py"))
+
 _FACTS = """
 import os, sys
 folder = os.path.dirname(os.__file__)
@@ -96,6 +99,7 @@ class PythonClosure:
         version = self._facts["version"]
         if not isinstance(version, tuple) or version < (3, 11):
             raise Error(f"{interpreter}: Python {version}: oldmem needs 3.11 or later")
+        self._version = ".".join(map(str, version))
         self._path = [os.path.abspath(folder) for folder in (path or [program_root()])]
         stdlib = str(self._facts["stdlib"])
         self.library = f"/usr/{self._facts['platlibdir']}/{os.path.basename(stdlib)}"
@@ -113,14 +117,14 @@ class PythonClosure:
         assert isinstance(modules, list)
         assert isinstance(data, list)
         files: list[PackedFile] = []
-        sources: list[tuple[str, str]] = [(os.path.join(str(self._facts["stdlib"]), "os.py"), f"{self.library}/os.pyc")]
+        sources: list[tuple[str, str]] = []
         packages: dict[str, str] = {}
         for name, file, is_frozen, is_package in modules:
             place = f"{self.library}/{name.replace('.', '/')}"
             if is_package:
                 packages[os.path.dirname(file)] = place
                 place += "/__init__"
-            if is_frozen or name == "os":
+            if is_frozen:
                 continue
             if not os.path.isfile(file):
                 raise Error(f"{self._interpreter}: module {name} is not a file of its own: {file}")
@@ -135,8 +139,7 @@ class PythonClosure:
         files += [self._data_file(file, packages) for file in data]
         files += self._compiled(sources)
         executable = str(self._facts["executable"])
-        major, minor = self._facts["version"][:2]  # type: ignore[index]
-        return PackedPython(executable, f"/usr/bin/python{major}.{minor}", sorted(files))
+        return PackedPython(executable, f"/usr/bin/python{self._version}", sorted(files))
 
     def _data_file(self, file: str, packages: dict[str, str]) -> PackedFile:
         folder = os.path.dirname(file)
@@ -153,6 +156,8 @@ class PythonClosure:
 
     def _compiled(self, sources: list[tuple[str, str]]) -> list[PackedFile]:
         files: list[PackedFile] = []
+        with open(_COMPILE[-1], "rb") as stream:
+            how = repr((self._facts["build"], _COMPILE[:-1], stream.read())).encode()
         missing: dict[str, tuple[str, str]] = {}
         for source, place in sources:
             try:
@@ -160,7 +165,7 @@ class PythonClosure:
                     text = stream.read()
             except OSError as error:
                 raise Error(f"{source}: {error.strerror}") from None
-            key = hashlib.sha256(b"\0".join((str(self._facts["build"]).encode(), place.encode(), text))).hexdigest()
+            key = hashlib.sha256(b"\0".join((how, place.encode(), text))).hexdigest()
             output = os.path.join(self._cache, f"{key}.pyc")
             files.append(PackedFile(place, output, False))
             if not os.path.exists(output):
@@ -170,7 +175,7 @@ class PythonClosure:
             with tempfile.TemporaryDirectory(dir=self._cache) as work:
                 made = {output: os.path.join(work, os.path.basename(output)) for output in missing}
                 lines = "".join(f"{source}\t{place[:-1]}\t{made[out]}\n" for out, (source, place) in missing.items())
-                _run(self._interpreter, ["-I", "-S", os.path.join(_HERE, "_bytecode.py")], lines)
+                _run(self._interpreter, [*_COMPILE], lines)
                 for output, file in made.items():
                     os.replace(file, output)
         return files

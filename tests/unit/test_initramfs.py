@@ -133,6 +133,20 @@ def test_python_stays_within_the_size_budget(what: str, program: str, cache: str
 
 @needs_root
 @needs_cpio
+@pytest.mark.skipif(not PROGRAM_READY, reason="no capture.closure")
+@pytest.mark.parametrize("arguments", [["--help"], ["map"], ["map", "--machine", "/nonexistent"], ["init", "--help"]])
+def test_the_program_finds_all_its_modules_in_the_image(arguments: list[str], cache: str, tmp_path: Path) -> None:
+    builder = Builder(cache)
+    builder.add_python()
+    image = unpack(builder, tmp_path / "image")
+    command = ["chroot", str(image), "/usr/bin/oldmem", *arguments]
+    run = subprocess.run(command, capture_output=True, text=True, env={"PATH": "/usr/sbin:/usr/bin"}, check=False)
+    assert "Traceback" not in run.stderr
+    assert run.returncode in (0, 1, 3)
+
+
+@needs_root
+@needs_cpio
 @needs_busybox
 def test_a_sysroots_collector_runs_on_its_own_c_library(tmp_path: Path, cache: str) -> None:
     closure = Searcher().closure("/usr/bin/env")

@@ -15,6 +15,9 @@ from .memory import MiB, Device
 from .qmp import Qmp, QmpError
 
 PROGRAM = "qemu-system-x86_64"
+# QEMU 7.2 computes flags wrongly after cmpxchg16b when an interrupt follows it (SLUB uses it in every kmalloc, and oopses now
+# and then); its newer vector and bit instructions (-cpu max) are not sound either.
+CPU = "qemu64,-cx16"
 SHM = Path("/dev/shm")
 TOOLS_SIZE = 256 * MiB
 SCRATCH_SIZE = 8192 * MiB
@@ -55,7 +58,7 @@ class Qemu:
                 command = [
                     *("setpriv", "--pdeathsig", "KILL", "--", PROGRAM),
                     *("-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"),
-                    *("-accel", "tcg,thread=multi", "-cpu", "max,-cx16", "-smp", str(smp)),
+                    *("-accel", "tcg,thread=multi", "-cpu", CPU, "-smp", str(smp)),
                     *("-kernel", str(vmlinuz), "-initrd", str(image), "-append", append),
                     *("-chardev", f"socket,id=console,fd={console.fileno()}", "-serial", "chardev:console"),
                     *("-chardev", f"socket,id=qmp,fd={qmp.fileno()}", "-mon", "chardev=qmp,mode=control"),
