@@ -7,6 +7,8 @@ layout of fs/proc/vmcore.c."""
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
+from itertools import pairwise
 
 from guard.errors import Error
 
@@ -35,7 +37,7 @@ def check(path: str) -> tuple[list[str], list[str]]:
     return wrong, has
 
 
-def _check_segments(segments: list[object], size: int, wrong: list[str], has: list[str]) -> None:
+def _check_segments(segments: Sequence[object], size: int, wrong: list[str], has: list[str]) -> None:
     headers = [s.header for s in segments]  # type: ignore[attr-defined]
     notes = [h for h in headers if h["p_type"] == "PT_NOTE"]
     loads = [h for h in headers if h["p_type"] == "PT_LOAD"]
@@ -55,13 +57,13 @@ def _check_segments(segments: list[object], size: int, wrong: list[str], has: li
             wrong.append(f"program header {i}: p_offset 0 means 'not in the file' to makedumpfile and crash")
     # kernel text overlaps the direct map's PT_LOAD on purpose; it comes first and is mapped elsewhere
     ram = sorted((h["p_paddr"], h["p_paddr"] + h["p_memsz"]) for h in loads if h["p_vaddr"] < 0xFFFFFFFF80000000)
-    for (_, end), (start, _) in zip(ram, ram[1:], strict=False):
+    for (_, end), (start, _) in pairwise(ram):
         if start < end:
             wrong.append(f"PT_LOADs overlap at {start:#x}")
     has.append(f"{len(loads)} PT_LOAD, {sum(end - start for start, end in ram) >> 20} MiB of RAM")
 
 
-def _check_notes(segments: list[object], wrong: list[str], has: list[str]) -> None:
+def _check_notes(segments: Sequence[object], wrong: list[str], has: list[str]) -> None:
     cpus, release = 0, None
     for segment in segments:
         if segment.header["p_type"] != "PT_NOTE":  # type: ignore[attr-defined]

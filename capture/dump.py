@@ -55,11 +55,12 @@ class Dump:
         if not self.envelope.boot:
             raise SourceError("no source tells where the dead machine's RAM was: " + "; ".join(self._unavailable()))
         memory_map.install_rules(self.registry, self.envelope, self._foreign(), devices)
-        segments = machine.open_segments(self.envelope)
+        wanted = self.envelope.all.inner_pages(machine.page_size)
+        segments = machine.open_segments(wanted)
         if mode == PRELOADED and machine.core_fd is not None and machine.core_header is not None:
             # low memory that kexec backed up: only the kernel's own header knows where it went
             kernels = procvmcore.segments(machine.core_fd, machine.core_header)
-            segments = layer(only(kernels, machine.own), only(segments, self.envelope.all - machine.own))
+            segments = layer(only(kernels, machine.own), only(segments, wanted - machine.own))
         self.memory = OldMemory(segments, self.registry)
         self.exact = ExactMemory(self.memory)
         self.info = self._find_vmcoreinfo()
@@ -71,6 +72,9 @@ class Dump:
         self.core = self._preloaded() if mode == PRELOADED else self._dynamic()
         self.vmcore = Vmcore(self.core, self.memory)
         self.registry.opened = True
+        lost = self.lost()
+        for piece, line in machine.unmapped:
+            (self.problems if lost & RangeSet([piece]) else machine.remarks).note(line)
         if self.dead:
             for line in self.dead.problems:
                 self.problems.note(line)
@@ -92,10 +96,13 @@ class Dump:
 
     def _foreign(self) -> RangeSet:
         """What must not be read as old memory because it is the capture kernel's."""
-        own = self.machine.own
-        if self.mode == PRELOADED and self.machine.core_header is not None:
-            own -= RangeSet((p.paddr, p.paddr + p.memsz) for p in self.machine.core_header.loads)
-        return own
+        return self.machine.own - self._backed_up()
+
+    def _backed_up(self) -> RangeSet:
+        """Taken as it is, the preloaded header may list memory that kexec copied away before this kernel took it."""
+        if self.mode != PRELOADED or self.machine.core_header is None:
+            return RangeSet()
+        return RangeSet((p.paddr, p.paddr + p.memsz) for p in self.machine.core_header.loads)
 
     def _find_vmcoreinfo(self) -> Vmcoreinfo | None:
         paddr = self.machine.vmcoreinfo_paddr
@@ -127,6 +134,7 @@ class Dump:
     def _hear_witness(self, dead: DeadKernel) -> None:
         reserved = [(r.name, r.start, r.end) for r in dead.reservations()]
         self.reserved = memory_map.plausible_reservations(reserved, self.machine.own, self.problems)
+        memory_map.install_reservations(self.registry, self.reserved - self._backed_up())
         self.system_ram = RangeSet((r.start, r.end) for r in dead.system_ram())
         witnessed = memory_map.witnessed_ram(self.envelope, self.system_ram, self.problems)
         if witnessed is not None:
@@ -138,7 +146,7 @@ class Dump:
 
     def readable(self) -> RangeSet:
         """What the vmcore has of old memory, in whole pages."""
-        return self.registry.ram(self.envelope.all - self.reserved)
+        return self.registry.ram(self.envelope.all)
 
     def _dynamic(self) -> Core:
         shape = x86_64.shape(self.dead, self.info, self.problems)

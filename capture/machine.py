@@ -10,13 +10,13 @@ import errno
 import os
 
 from capture import recorded
-from capture.memory_map import Device, Envelope
+from capture.memory_map import Device
 from capture.sources import cmdline, firmware_memmap, fw_cfg, iomem, memory_blocks, report, smbios, srat
 from capture.sources.report import SourceReport
 from capture.x86_64 import LOW_MEMORY
 from guard import devmem, loop, procvmcore, virtio_mem
 from guard.errors import Error, SourceError
-from guard.physmem import PREAD, Segment, covered, layer, only
+from guard.physmem import PREAD, Segment, layer, only
 from guard.procvmcore import CoreHeader
 from guard.ranges import Range, RangeSet
 from guard.witness.memory import Problems
@@ -55,12 +55,13 @@ class Machine:
         self.reports: dict[str, SourceReport] = {name: read(root) for name, read in SOURCES.items()}
         self.devices: list[Device] = []
         self.source = ""
+        self.unmapped: list[tuple[Range, str]] = []  # what the first choice of source refused, and why
         self._fds: list[int] = []
         self._loops: list[loop.LoopDevice] = []
         self.own = self.reports["iomem"].ranges(report.OWN_RAM) | RangeSet([LOW_MEMORY])
 
-    def open_segments(self, envelope: Envelope) -> list[Segment]:
-        """The files that show the envelope's memory. Raises SourceError if there is none."""
+    def open_segments(self, wanted: RangeSet) -> list[Segment]:
+        """The files that show *wanted* (whole pages). Raises SourceError if there is none."""
         raise NotImplementedError
 
     def core_header_bytes(self) -> bytes:
@@ -109,7 +110,7 @@ class LiveMachine(Machine):
         self.kdump_mode = elfcorehdr or os.path.exists(procvmcore.PATH)
         if not (self.kdump_mode or force):
             raise NotCaptureError(
-                f"this is no capture environment: no {procvmcore.PATH} and no elfcorehdr= (--force to go on all the same)"
+                f"this is no capture environment: no {procvmcore.PATH} and no elfcorehdr= (--force: go on anyway)"
             )
         if not self.reports["iomem"].ranges(report.OWN_RAM):
             raise Error(f"{self.reports['iomem'].problems[0]}; without it own memory cannot be told from old memory")
@@ -165,31 +166,26 @@ class LiveMachine(Machine):
             )
         return found
 
-    def open_segments(self, envelope: Envelope) -> list[Segment]:
+    def open_segments(self, wanted: RangeSet) -> list[Segment]:
         gated = RangeSet(d.region for d in self.devices if d.gated_by_kernel)
         upper: list[Segment] = []
-        refused: list[str] = []
         if self._wanted_source != "vmcore":
             buffers = self.reports["iomem"].ranges(report.RAM_BUFFER)
             try:
-                opened = devmem.open_devmem(envelope.all - gated, self.own, buffers)
+                opened = devmem.open_devmem(wanted - gated, self.own, buffers)
             except SourceError as e:
                 if self._wanted_source == "devmem" or self.core_fd is None:
                     raise
                 self.problems.note(f"{e}; {procvmcore.PATH} is read instead, as far as its header reaches")
             else:
                 self._fds.append(opened.fd)
-                upper, refused = opened.segments, opened.problems
+                upper, self.unmapped = opened.segments, opened.refused
         lower: list[Segment] = []
         if self._wanted_source != "devmem" and self.core_header is not None and self.core_fd is not None:
-            lower = only(procvmcore.segments(self.core_fd, self.core_header), envelope.all)
+            lower = only(procvmcore.segments(self.core_fd, self.core_header), wanted)
         segments = layer(upper, lower)
         if not segments:
             raise SourceError(f"neither {devmem.PATH} nor {procvmcore.PATH} shows any old memory")
-        # what /dev/mem refuses is no loss where the kernel's own header happens to have it
-        lost = envelope.all - self.own - covered(segments)
-        for line in refused:
-            (self.problems if lost else self.remarks).note(line)
         self.source = " and ".join(dict.fromkeys(s.name for s in segments))
         return segments
 
@@ -233,7 +229,7 @@ class ImageMachine(Machine):
                 )
             )
 
-    def open_segments(self, envelope: Envelope) -> list[Segment]:
+    def open_segments(self, wanted: RangeSet) -> list[Segment]:
         parts = [(r.image, r.offset, r.paddr, r.size) for r in self.record.ram]
         parts += [(v.image, v.offset, v.addr, v.region_size) for v in self.record.virtio_mem if v.image is not None]
         opened: dict[str, int] = {}
@@ -244,7 +240,7 @@ class ImageMachine(Machine):
                 opened[path] = self._open_image(path)
             found.append(Segment(paddr, size, opened[path], offset, PREAD, path))
         self.source = "images" + (" on loop devices" if self._use_loop else "")
-        return only(found, envelope.all)
+        return only(found, wanted)
 
     def _open_image(self, path: str) -> int:
         if self._use_loop and os.path.isfile(path):

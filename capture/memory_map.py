@@ -8,6 +8,7 @@ the narrower answer is read and the difference is told, as long as what it says 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from itertools import pairwise
 from typing import NamedTuple
 
 from capture.sources import report
@@ -143,7 +144,7 @@ def plausible_reservations(reserved: Iterable[tuple[str, int, int]], own: RangeS
         span = RangeSet([(start, end)])
         if (span - own).size > MAX_RESERVED_BEYOND_OWN:
             problems.note(
-                f"{name} {Range(start, end)} of the dead kernel is not what this kernel owns; only the latter is left out"
+                f"{name} {Range(start, end)} of the dead kernel is not what this kernel owns; only its own is left out"
             )
             continue
         good |= span
@@ -160,6 +161,13 @@ def install_rules(registry: Registry, env: Envelope, own: RangeSet, devices: Ite
             registry.register(rule)
     if env.window:
         registry.register(deny_rule("hotplug window", env.window, "nothing tells what was plugged there", page_size))
+
+
+def install_reservations(registry: Registry, reserved: RangeSet) -> None:
+    """crashkernel= as the dead kernel reserved it: beyond the capture kernel's own RAM it holds the loaded header and
+    such, which never were the dead machine's memory."""
+    rule = deny_rule("crash reservation", reserved, "was reserved for the capture kernel", registry.page_size)
+    registry.register(rule)
 
 
 def install_witness(registry: Registry, env: Envelope, witnessed: RangeSet) -> None:
@@ -188,7 +196,7 @@ def entries(registry: Registry, env: Envelope, devices: Iterable[Device], claims
     for span in spans.outer_pages(page):
         for run, rule in registry.verdicts(*span):
             cuts = sorted({run.start, run.end, *((b & -page) for b in borders if run.start < b < run.end)})
-            for start, end in zip(cuts, cuts[1:], strict=False):
+            for start, end in pairwise(cuts):
                 inside = end - 1
                 kind = next((name for name, has in kinds if has(inside)), "other")
                 names = tuple(name for name, ranges in claims.items() if inside in ranges)

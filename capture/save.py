@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Copying a vmcore out: sparse, with progress in makedumpfile's words, never leaving a half file under the final name."""
+"""Copying a vmcore out: sparse, with progress in makedumpfile's words, no half file under the final name."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ def shape(dead: DeadKernel | None, info: Vmcoreinfo | None, problems: Problems) 
             text = Load(image.paddr, image.vaddr, image.size)
     else:
         problems.note(
-            f"no page tables of the dead kernel: no CPU notes and no kernel text PT_LOAD; p_vaddr assumes {page_offset:#x}"
+            f"no page tables of the dead kernel: no CPU notes, no kernel text PT_LOAD, p_vaddr from {page_offset:#x}"
         )
     if info:
         notes += info.note

@@ -24,8 +24,7 @@ PATH = "/dev/mem"
 class Opened(NamedTuple):
     fd: int
     segments: list[Segment]
-    refused: RangeSet  # what cannot be mapped
-    problems: list[str]
+    refused: list[tuple[Range, str]]  # what cannot be mapped, and the line that says why
 
 
 def can_map(fd: int, paddr: int, page_size: int) -> int:
@@ -48,23 +47,21 @@ def open_devmem(wanted: RangeSet, own: RangeSet, buffers: RangeSet, page_size: i
     except OSError as e:
         hint = " (lockdown closes it)" if e.errno == errno.EPERM else ""
         raise SourceError(f"{path}: {e.strerror}{hint}") from None
-    problems: list[str] = []
-    refused: list[Range] = []
+    refused: list[tuple[Range, str]] = []
     wanted = (wanted - own).inner_pages(page_size)
     for piece in wanted & buffers.outer_pages(page_size):
         if can_map(fd, piece.start, page_size):
-            refused.append(piece)
-            problems.append(
+            why = (
                 f'{path}: {piece} is a "RAM buffer" line of /proc/iomem and cannot be mapped; '
                 "iomem=relaxed on the capture kernel's command line cures it"
             )
-    ranges = wanted - RangeSet(refused)
+            refused.append((piece, why))
+    ranges = wanted - RangeSet(piece for piece, _ in refused)
     for piece in ranges:
         if err := can_map(fd, piece.start, page_size):
-            refused.append(piece)
-            problems.append(f"{path}: {piece} cannot be mapped: {os.strerror(err)}")
-    ranges -= RangeSet(refused)
+            refused.append((piece, f"{path}: {piece} cannot be mapped: {os.strerror(err)}"))
+    ranges -= RangeSet(piece for piece, _ in refused)
     if wanted and not ranges:
         os.close(fd)
-        raise SourceError(f"{path}: nothing of {wanted.size:#x} bytes can be mapped: {problems[0]}")
-    return Opened(fd, [Segment(r.start, r.size, fd, r.start, MMAP, path) for r in ranges], RangeSet(refused), problems)
+        raise SourceError(f"{path}: nothing of {wanted.size:#x} bytes can be mapped: {refused[0][1]}")
+    return Opened(fd, [Segment(r.start, r.size, fd, r.start, MMAP, path) for r in ranges], refused)
