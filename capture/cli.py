@@ -178,7 +178,7 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=_Help,
     )
     top.add_argument("--version", action="version", version=f"oldmem {VERSION}")
-    machine = argparse.ArgumentParser(add_help=False)
+    machine = argparse.ArgumentParser(add_help=False, formatter_class=_Help)
     group = machine.add_argument_group("machine (default: the one that this capture kernel came from)")
     group.add_argument("--machine", metavar="DIR", help="a recorded machine: folder with machine.json and images")
     group.add_argument("--loop", action="store_true", help="attach its images as read-only loop devices")
@@ -186,7 +186,7 @@ def parser() -> argparse.ArgumentParser:
     group.add_argument("--force", action="store_true", help="go on where this does not look like a capture kernel")
     machine.add_argument("-v", "--verbose", action="store_true", help="tell what each source could not read")
     machine.add_argument("-q", "--quiet", action="store_true", help="no warnings before the work is done")
-    layout = argparse.ArgumentParser(add_help=False)
+    layout = argparse.ArgumentParser(add_help=False, formatter_class=_Help)
     layout.add_argument(
         "--layout",
         choices=("cut", "kernel"),

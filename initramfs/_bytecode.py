@@ -7,7 +7,6 @@ Each line: source, name to appear in tracebacks, output file, separated by tabs.
 
 from __future__ import annotations
 
-import os
 import py_compile
 import sys
 
@@ -24,14 +23,7 @@ def _compile(source: str, shown: str, output: str) -> int:
 
 def main() -> int:
     for line in sys.stdin.read().splitlines():
-        # marshal flags an object as shared by its reference count, which depends on what this process compiled before
-        # (an interned string, say). A fresh process for each file makes the bytes depend on the file alone.
-        child = os.fork()
-        if child == 0:
-            status = _compile(*line.split("\t"))
-            sys.stderr.flush()
-            os._exit(status)
-        if os.waitpid(child, 0)[1]:
+        if _compile(*line.split("\t")):
             return 1
     return 0
 
