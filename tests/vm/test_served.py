@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Unmodified collectors over the served /proc/vmcore: what they get, and what they make the host populate."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import drgn
+from elftools.elf.elffile import ELFFile
+
+from tests.vm import truth
+from tests.vm.conftest import MakeCrashedGuest, MakeGuest
+from tests.vm.harness import Device, Guest, MiB
+
+DEVICES = (Device("vm0", 1024 * MiB, 256 * MiB), Device("vm1", 512 * MiB, 384 * MiB, block_size=4 * MiB))
+READERS = (
+    "cp /proc/vmcore /dev/null",
+    "dd if=/proc/vmcore of=/dev/null bs=1M",
+    "dd if=/run/oldmem/vmcore.direct of=/dev/null bs=1M",
+    "makedumpfile -F -d 0 /proc/vmcore > /dev/null",
+    "makedumpfile -F -l -d 31 /proc/vmcore > /dev/null",
+)
+
+
+def resize(g: Guest) -> None:
+    assert g.resize("vm0", 480 * MiB) == 480 * MiB
+    assert g.resize("vm1", 64 * MiB) == 64 * MiB
+
+
+def populated(g: Guest) -> int:
+    """Bytes of host memory behind the devices beyond what is plugged."""
+    return sum(g.allocated(name) - plugged.size for name, plugged in g.plug_truth().items())
+
+
+def vmcoreinfo(file: Path) -> dict[str, str]:
+    with open(file, "rb") as stream:
+        notes = [n for s in ELFFile(stream).iter_segments("PT_NOTE") for n in s.iter_notes()]
+    data = next(n["n_descdata"] for n in notes if n["n_name"] == "VMCOREINFO")
+    return dict(line.split("=", 1) for line in data.decode().splitlines())
+
+
+def test_guarded_collectors_populate_nothing_and_unguarded_ones_hundreds_of_mib(
+    crashed_guest: MakeCrashedGuest,
+) -> None:
+    g = crashed_guest(devices=DEVICES, load="c", after_load=resize)
+    g.sh("grep -q virtio_mem /proc/modules && exit 1; oldmem init -q")
+    for reader in READERS:
+        g.sh(reader, timeout=200)
+        assert populated(g) == 0, reader
+    g.sh("umount /proc/vmcore /run/oldmem")
+    g.sh("dd if=/proc/vmcore of=/dev/null bs=1M", timeout=200)
+    assert populated(g) >= 200 * MiB
+
+
+def test_saved_vmcore_has_every_cpu_and_reads_as_the_dead_kernel(crashed_guest: MakeCrashedGuest) -> None:
+    g = crashed_guest(devices=DEVICES, load="c", after_load=resize, smp=2)
+    g.sh("oldmem init -q")
+    g.sh("makedumpfile --dump-dmesg /proc/vmcore /tmp/dmesg && head -1 /tmp/dmesg | grep -q 'Linux version'")
+    assert "sysrq: Trigger a crash" in g.sh("cat /tmp/dmesg")
+    g.sh("dd if=/proc/vmcore of=/dev/scratch bs=1M && sync", timeout=200)
+    size = int(g.sh("stat -c %s /proc/vmcore"))
+
+    saved = g.ram_files[0].path.parent / "vmcore"
+    shutil.copy(g.scratch, saved)
+    with open(saved, "r+b") as file:
+        file.truncate(size)
+    notes = subprocess.run(["readelf", "-nW", saved], capture_output=True, text=True, timeout=60, check=True).stdout
+    assert notes.count("NT_PRSTATUS") == 2
+    assert "VMCOREINFO" in notes
+    checked = subprocess.run([sys.executable, "-m", "capture", "check", saved], capture_output=True, text=True, timeout=60)
+    assert checked.returncode == 0, checked.stdout
+    assert "2 NT_PRSTATUS" in checked.stdout
+
+    info = vmcoreinfo(saved)
+    program = drgn.Program()
+    program.set_core_dump(saved)
+    uts = int(info["SYMBOL(init_uts_ns)"], 16) + int(info["OFFSET(uts_namespace.name)"])
+    release = program.read(uts + 2 * 65, 65).split(b"\0")[0].decode()  # struct new_utsname: sysname, nodename, release
+    assert release == info["OSRELEASE"] == g.kernel.release
+    _, last = truth.pt_loads(saved)[-1]
+    assert program.read(last.start, 4096, physical=True) == truth.host_bytes(g, last.start, 4096)
+
+
+def test_makedumpfile_mem_usage_accepts_the_saved_vmcore(
+    crashed_guest: MakeCrashedGuest, guest: MakeGuest
+) -> None:
+    dead = crashed_guest(devices=DEVICES, load="c", after_load=resize)
+    dead.sh("oldmem save -q -o /dev/scratch && sync", timeout=200)
+    with guest(oldmem=False) as healthy:  # --mem-usage wants a kernel with crashkernel= reserved, as this one has
+        shutil.copy(dead.scratch, healthy.scratch)
+        table = healthy.sh("makedumpfile --mem-usage -f /dev/scratch 2>&1", timeout=200)
+    rows = {line.split()[0]: int(line.split()[1]) for line in table.splitlines() if line[:4] in ("ZERO", "FREE")}
+    assert rows["FREE"] > 0
+
+
+def test_killed_server_gives_the_kernels_own_vmcore_back(crashed_guest: MakeCrashedGuest) -> None:
+    g = crashed_guest(devices=DEVICES, load="c", after_load=resize)
+    kernels = g.sh("stat -c %s /proc/vmcore")
+    g.sh("oldmem init -q")
+    assert g.sh("stat -c %s /proc/vmcore") != kernels
+    # the server is the child of the watcher, hence the youngest
+    g.sh("kill -9 $(pidof -x oldmem | tr ' ' '\\n' | sort -n | tail -1); sleep 2")
+    assert g.sh("stat -c %s /proc/vmcore") == kernels
+    assert "oldmem" not in g.sh("cat /proc/mounts")
+    header = g.sh("head -c 4 /proc/vmcore | od -An -tx1")
+    assert header.split() == ["7f", "45", "4c", "46"]
