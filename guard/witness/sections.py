@@ -62,7 +62,8 @@ def read_sections(walk: PageWalk, info: Vmcoreinfo, problems: Problems) -> Secti
     count = 1 << (memory_bits - section_bits)
     per_root = page_size // size
     if length == -(-count // per_root):
-        pieces = _extreme(walk, walk.read_u64(array), length, per_root, size, problems)
+        roots = _root_array(walk, array, per_root, size, map_offset, section_bits)
+        pieces = _extreme(walk, roots, length, per_root, size, problems)
     elif length == count:
         pieces = _flat(walk, array, length, per_root, size, problems)
     else:
@@ -88,6 +89,23 @@ def _need(value: int | None, key: str) -> int:
     if value is None:
         raise WitnessError(f"vmcoreinfo has no {key}: section states are not known")
     return value
+
+
+def _root_array(walk: PageWalk, symbol: int, per_root: int, size: int, map_offset: int, section_bits: int) -> int:
+    """Virtual address of the array of root pointers. SYMBOL(mem_section) is that (VMCOREINFO_SYMBOL_ARRAY, since the
+    pointer is printed by value), or the address of the variable that points to it (VMCOREINFO_SYMBOL, kernels before
+    that was corrected). The right one has the section that the page tables themselves lie in."""
+    number = walk.root_paddr >> section_bits
+    for dereference in (False, True):
+        try:
+            array = walk.read_u64(symbol) if dereference else symbol
+            root = walk.read_u64(array + 8 * (number // per_root))
+            state = walk.read_u64(root + number % per_root * size + map_offset)
+        except (WitnessError, ReadError):
+            continue
+        if state & MARKED_PRESENT and state & HAS_MEM_MAP:
+            return array
+    raise WitnessError(f"mem_section at {symbol:#x} does not have section {number}, which the page tables lie in")
 
 
 def _extreme(

@@ -282,8 +282,16 @@ class DyingKernel:
         self.variable("nr_cpu_ids", struct.pack("<I", len(notes)))
         return paddrs
 
-    def sections(self, states: dict[int, int], extreme: bool = True, section_bits: int = 27, size: int = 32) -> None:
-        """mem_section with these low bits of section_mem_map by section number, others not there."""
+    def sections(
+        self,
+        states: dict[int, int],
+        extreme: bool = True,
+        section_bits: int = 27,
+        size: int = 32,
+        by_value: bool = True,
+    ) -> None:
+        """mem_section with these low bits of section_mem_map by section number, others not there. *by_value*: the
+        symbol is the array of roots, as kernels print it, not the variable that points to it."""
         memory_bits = 46 if extreme else 34
         count = 1 << (memory_bits - section_bits)
         per_root = PAGE // size
@@ -295,7 +303,9 @@ class DyingKernel:
             array = bytearray(8 * -(-count // per_root))
             for number, root in roots.items():
                 struct.pack_into("<Q", array, 8 * number, self.heap(bytes(root), 4096))
-            at = self.pointer("mem_section", self.heap(bytes(array), 4096))
+            at = self.heap(bytes(array), 4096)
+            if not by_value:
+                at = self.pointer("mem_section", at)
             length = -(-count // per_root)
         else:
             flat = bytearray(count * size)
