@@ -4,6 +4,9 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Literal
 
@@ -79,4 +82,27 @@ def test_guest_leaves_neither_process_nor_files(guest: MakeGuest) -> None:
     assert not folder.exists()
     with pytest.raises(ProcessLookupError):
         os.kill(g.pid, 0)
-    assert Path("/dev/shm").is_dir()
+
+
+CHILD = """
+import time
+from tests.vm.harness import Guest
+with Guest(oldmem=False) as g:
+    print(g.pid, g.scratch.parent, flush=True)
+    time.sleep(600)
+"""
+
+
+def test_guest_of_a_killed_test_run_leaves_neither_process_nor_files(vm_machine: None) -> None:
+    root = Path(__file__).resolve().parents[2]
+    child = subprocess.Popen([sys.executable, "-c", CHILD], cwd=root, stdout=subprocess.PIPE, text=True)
+    with child:
+        assert child.stdout is not None
+        pid, folder = child.stdout.readline().split()
+        assert Path(folder).is_dir()
+        child.kill()
+    deadline = time.monotonic() + 10
+    while (Path(folder).exists() or Path(f"/proc/{pid}").exists()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not Path(folder).exists()
+    assert not Path(f"/proc/{pid}").exists()

@@ -98,7 +98,7 @@ def unpack(debs: Iterable[Path], into: Path) -> None:
         with tempfile.TemporaryFile() as archive:
             subprocess.run(["dpkg-deb", "--fsys-tarfile", deb], stdout=archive, check=True)
             archive.seek(0)
-            extract = ["tar", "--extract", "--keep-directory-symlink", "--no-same-owner", "--directory", into]
+            extract = ["tar", "--extract", "--keep-directory-symlink", "--no-same-owner", "--directory", str(into)]
             subprocess.run(extract, stdin=archive, check=True)
 
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The stock Debian pieces that the guests are made of, downloaded once into a cache folder (``OLDMEM_CACHE``, default
 ``.cache/vm`` in the repository): the cloud kernels of three generations, and a trixie sysroot with kexec,
-makedumpfile and busybox. ``python -m tests.vm.harness.fetch`` fetches everything beforehand.
+makedumpfile and busybox.
 
 A piece is unpacked beside its place and renamed into it, so that a folder with its final name is complete."""
 
@@ -11,8 +11,6 @@ import fcntl
 import os
 import re
 import shutil
-import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -101,18 +99,8 @@ def _lock() -> Iterator[None]:
         yield
 
 
-def main() -> int:
+def prefetch() -> None:
+    """Fetches all there is to fetch; milliseconds when it is there. Raises FetchError."""
     for generation in SUITES:
-        start = time.monotonic()
-        found = kernel(generation)
-        print(f"{generation}: {found.release} ({time.monotonic() - start:.1f} s)")
-    start = time.monotonic()
-    print(f"sysroot: {sysroot()} ({time.monotonic() - start:.1f} s)")
-    return 0
-
-
-if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except FetchError as error:
-        sys.exit(f"fetch: {error}")
+        kernel(generation)
+    sysroot()

@@ -17,15 +17,16 @@ from typing import Literal, Self
 
 from guard.ranges import RangeSet
 
-from . import fetch, images, memory
-from .memory import GiB, MiB, Device, Plugged, RamFile
+from . import debian, images, memory
+from .memory import Device, GiB, MiB, Plugged, RamFile
 from .qemu import Qemu
 from .serial import ConsoleError, Ready, Result, Serial
 
 BOOT_TIMEOUT = 180.0
 SETTLE = 6.0  # longer than the driver's first retry of a refused request (virtio_mem: 5 s)
 CAPTURE_APPEND = "console=ttyS0 irqpoll nr_cpus=1 reset_devices panic=-1 harness.capture"
-FRAGMENT = Path(__file__).resolve().parent / "guest" / "fragment"
+FRAGMENT = Path(__file__).resolve().parent / "guest" / "fragment.py"
+KEEP = 160  # one pipe of 64 KiB in 10 MiB
 
 
 class GuestError(Exception):
@@ -35,9 +36,9 @@ class GuestError(Exception):
 class Guest:
     """A context manager: the guest is up inside ``with``, its first kernel at the shell, its devices plugged.
 
-    *kernel* is one of ``fetch.SUITES``; *memory* the boot RAM in bytes, of which *below_4g* lie below 4 GiB and the rest
-    from 4 GiB on; *online* the zone that added memory goes to ("movable": can be unplugged again; "kernel": the kernel
-    uses it for itself too); *oldmem* whether the initramfs has Python and oldmem."""
+    *kernel* is one of ``debian.SUITES``; *memory* the boot RAM in bytes, of which *below_4g* lie below 4 GiB and the
+    rest from 4 GiB on; *online* the zone that added memory goes to ("movable": can be unplugged again; "kernel": the
+    kernel uses it for itself too); *oldmem* whether the initramfs has Python and oldmem."""
 
     def __init__(
         self,
@@ -52,7 +53,7 @@ class Guest:
         append: str = "",
         oldmem: bool = True,
     ) -> None:
-        self.kernel = fetch.kernel(kernel)
+        self.kernel = debian.kernel(kernel)
         self.devices = {device.name: device for device in devices}
         self._initramfs = images.initramfs(kernel, oldmem)
         self._memory = memory
@@ -81,7 +82,13 @@ class Guest:
             raise
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the guest; may be called again."""
         self._qemu.close()
 
     @property
@@ -114,7 +121,10 @@ class Guest:
                 entry = tarfile.TarInfo(name)
                 entry.size, entry.mode = len(content), 0o755
                 archive.addfile(entry, io.BytesIO(content))
-        self.sh("blockdev --flushbufs /dev/tools && tar -C / -xf /dev/tools", 30)
+            archive.close()
+            pieces = -(-disk.tell() // MiB)
+        # no further than the archive's end: busybox's tar would read the whole disk
+        self.sh(f"blockdev --flushbufs /dev/tools && dd if=/dev/tools bs=1M count={pieces} | tar -C / -xf -")
 
     def get(self, *paths: str, timeout: float = 300) -> Path:
         """Copies *paths* (absolute, in the guest) to a folder of the host, which lives as long as the guest does."""
@@ -123,9 +133,14 @@ class Guest:
         subprocess.run(["tar", "-C", folder, "-xf", self._qemu.scratch], check=True, capture_output=True)
         return folder
 
+    @property
+    def scratch(self) -> Path:
+        """The disk /dev/scratch as a file of the host: what the guest wrote there raw (after a sync)."""
+        return self._qemu.scratch
+
     def load(self, syscall: Literal["s", "c"] = "s", append: str = "", options: str = "") -> None:
-        """Loads the capture kernel (the same as the first) with kexec_file_load(2) ("s") or kexec_load(2) ("c"); *append*
-        is added to its command line, *options* to those of kexec."""
+        """Loads the capture kernel (the same as the first) with kexec_file_load(2) ("s") or kexec_load(2) ("c");
+        *append* is added to its command line, *options* to those of kexec."""
         self.put({"/tmp/vmlinuz": self.kernel.vmlinuz, "/tmp/initramfs": self._initramfs})
         line = f"{CAPTURE_APPEND} {append}".rstrip()
         self.sh(
@@ -146,10 +161,14 @@ class Guest:
         return self._wait_settled(name, timeout)
 
     def fragment(self, name: str, size: int, timeout: float = 300) -> int:
-        """Scatters unmovable kernel objects over the guest's memory, then shrinks device *name* towards *size*: what is
-        left plugged has holes. Needs ``online="kernel"``. Bytes plugged then."""
-        self.put({"/tmp/fragment": FRAGMENT.read_bytes()})
-        self.sh("/tmp/fragment", timeout)
+        """Scatters unmovable pages over the guest's memory, then shrinks device *name* towards *size*: what is left
+        plugged has holes. Needs ``online="kernel"`` and Python in the guest. Bytes plugged then."""
+        self.put({"/tmp/fragment.py": FRAGMENT})
+        self.sh(
+            f"ulimit -n 1000000; python3 /tmp/fragment.py {KEEP} > /tmp/fragment.log 2>&1 &"
+            " until [ -e /tmp/fragmented ]; do kill -0 $! || { cat /tmp/fragment.log; exit 1; }; sleep 0.2; done",
+            timeout,
+        )
         return self.resize(name, size)
 
     def plug_truth(self) -> dict[str, Plugged]:

@@ -11,7 +11,7 @@ from initramfs.builder import Builder
 from initramfs.compress import compress, default_method
 from initramfs.kmod import ModuleTree
 
-from . import fetch
+from . import debian
 
 INIT = Path(__file__).resolve().parent / "guest" / "init"
 MODULES = ["virtio_pci", "virtio_blk", "virtio_mem", "fuse", "qemu_fw_cfg", "loop"]
@@ -22,12 +22,12 @@ LEVEL = 3  # the image is made anew for each test run, and one level more or les
 @functools.cache
 def initramfs(generation: str, oldmem: bool = True) -> bytes:
     """Compressed archive for the kernel of *generation*. Raises FetchError, guard.errors.Error."""
-    kernel, sysroot = fetch.kernel(generation), fetch.sysroot()
-    builder = Builder(str(fetch.cache() / "build"))
+    kernel, sysroot = debian.kernel(generation), debian.sysroot()
+    builder = Builder(str(debian.cache() / "build"))
     builder.add_init(str(INIT))
     builder.add_busybox(str(sysroot / "usr/bin/busybox"))
     if oldmem:
-        builder.add_python()
+        builder.add_symlink("/usr/bin/python3", builder.add_python())
     for tool in TOOLS:
         builder.add_binary(tool, sysroot=str(sysroot))
     builder.add_modules(str(kernel.modules), MODULES)
@@ -35,7 +35,7 @@ def initramfs(generation: str, oldmem: bool = True) -> bytes:
     return compress(builder.archive(), default_method(), LEVEL)
 
 
-def _add_module_index(builder: Builder, kernel: fetch.Kernel) -> None:
+def _add_module_index(builder: Builder, kernel: debian.Kernel) -> None:
     """What modprobe needs: packages bring no modules.dep, depmod would make it at installation."""
     tree = ModuleTree(str(kernel.modules))
     lines: list[str] = []

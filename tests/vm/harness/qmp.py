@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""QEMU Machine Protocol over a connected socket (docs/interop/qmp-spec): one command, one answer; events are skipped."""
+"""QEMU Machine Protocol over a connected socket (docs/interop/qmp-spec): one command, one answer; events are
+skipped."""
 
 from __future__ import annotations
 
