@@ -12,11 +12,12 @@ import os
 import signal
 import time
 
-from capture.fuse import FuseServer, unmount
+from capture.fuse import FuseServer, unmount_all
 from guard.errors import Error
 
 PR_SET_PDEATHSIG = 1  # include/uapi/linux/prctl.h
 ELF_MAGIC = b"\x7fELF"
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class _Stop(Exception):
@@ -28,21 +29,30 @@ def _stop(_signal: int, _frame: object) -> None:
 
 
 def serve_until_stopped(server: FuseServer, undo: list[str]) -> None:
-    """Serve in this process until unmounted, SIGTERM or SIGINT; then take the mounts *undo* away, last one first."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, _stop)
+    """Serve in this process (its main thread) until unmounted, SIGTERM or SIGINT; then take the server's mounts on
+    *undo* away, last one first."""
+    server.c.wake_fd, ring = os.pipe()
+    for fd in (server.c.wake_fd, ring):
+        os.set_blocking(fd, False)
+    signal.set_wakeup_fd(ring, warn_on_full_buffer=False)
     try:
+        for number in STOP_SIGNALS:
+            signal.signal(number, _stop)
         server.serve()
     except _Stop:
         pass
     finally:
-        for target in reversed(undo):
-            unmount(target)
+        for number in STOP_SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+        unmount_all(undo, server.device)
 
 
-def _server_process(server: FuseServer, undo: list[str]) -> int:
+def _server_process(server: FuseServer, undo: list[str], watcher: int) -> int:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+    if os.getppid() != watcher:  # died before it could tell
+        unmount_all(undo, server.device)
+        return 1
     try:
         serve_until_stopped(server, undo)
     except Error:
@@ -55,15 +65,15 @@ def _watcher_process(server: FuseServer, undo: list[str]) -> int:
     null = os.open(os.devnull, os.O_RDWR)
     for fd in (0, 1, 2):
         os.dup2(null, fd)
+    watcher = os.getpid()
     pid = os.fork()
     if pid == 0:
-        os._exit(_server_process(server, undo))
+        os._exit(_server_process(server, undo, watcher))
     os.close(server.fd)  # else the connection would outlive the server
     signal.signal(signal.SIGTERM, lambda *_: os.kill(pid, signal.SIGTERM))
     status = os.waitpid(pid, 0)[1]
     if status:
-        for target in reversed(undo):
-            unmount(target)
+        unmount_all(undo, server.device)
     return 0
 
 
@@ -83,7 +93,7 @@ def serve_in_background(server: FuseServer, undo: list[str]) -> int:
     try:
         _wait_until_served(server.probe)
     except BaseException:
-        unmount(server.target)
+        unmount_all(undo, server.device)
         os.kill(pid, signal.SIGTERM)
         raise
     return pid

@@ -4,7 +4,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import errno
 import os
+import signal
 import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NoReturn
@@ -17,13 +20,20 @@ if TYPE_CHECKING:
 
 VERSION = "0.1.0"
 DONE, FAILED, USAGE, NOT_CAPTURE, INCOMPLETE = 0, 1, 2, 3, 4
+MAX_LINES = 64  # of one kind on the console
 
 EPILOG = """exit status: 0 done, 1 failed, 2 usage, 3 not in a capture environment,
 4 done, but memory was lost that should have been readable (see the report)"""
 
 
+def tell(line: str) -> None:
+    """A line on standard error; a console that takes none must not cost the dump."""
+    with contextlib.suppress(OSError):
+        print(f"oldmem: {line}", file=sys.stderr)
+
+
 def warn(line: str) -> None:
-    print(f"oldmem: warning: {line}", file=sys.stderr)
+    tell(f"warning: {line}")
 
 
 def write_out(data: bytes, path: str) -> None:
@@ -42,7 +52,7 @@ def write_out(data: bytes, path: str) -> None:
 def open_machine(args: argparse.Namespace) -> Machine:
     from capture.machine import ImageMachine, LiveMachine
 
-    if args.machine:
+    if args.machine is not None:
         return ImageMachine(args.machine, args.loop)
     return LiveMachine(args.source, args.force)
 
@@ -57,21 +67,24 @@ def open_dump(args: argparse.Namespace) -> Dump:
         if args.verbose:
             for report in dump.machine.reports.values():
                 for line in report.problems:
-                    warn(line)
+                    if line not in dump.problems:
+                        warn(line)
             for line in dump.machine.remarks:
-                print(f"oldmem: note: {line}", file=sys.stderr)
-            print(f"oldmem: memory read from {dump.machine.source}", file=sys.stderr)
+                tell(f"note: {line}")
+            tell(f"memory read from {dump.machine.source}")
     return dump
 
 
 def finished(dump: Dump) -> int:
     """The exit status that says whether everything readable could be read; tells what could not."""
-    faults = dump.memory.faults()
     lost = dump.lost()
-    for fault in faults:
-        warn(f"{fault.range} could not be read and is zeros: {os.strerror(fault.errno)}")
-    for r in lost:
-        warn(f"{r} is RAM, but no source shows it; it is zeros")
+    faults = [f for f in dump.memory.faults() if f.errno != errno.ENXIO]  # what no source shows is told once
+    lines = [f"{f.range} could not be read and is zeros: {os.strerror(f.errno)}" for f in faults]
+    lines += [f"{r} was RAM and is zeros: no source shows it, or its plug state is unknown" for r in lost]
+    for line in lines[:MAX_LINES]:
+        warn(line)
+    if len(lines) > MAX_LINES:
+        warn(f"{len(lines) - MAX_LINES} more ranges of RAM are zeros for such reasons")
     dump.close()
     return INCOMPLETE if faults or lost else DONE
 
@@ -115,7 +128,7 @@ def cmd_save(args: argparse.Namespace) -> int:
 
     dump = open_dump(args)
     save(dump.vmcore, args.output, sys.stderr)
-    print("oldmem: saving vmcore complete", file=sys.stderr)
+    tell("saving vmcore complete")
     return finished(dump)
 
 
@@ -124,15 +137,17 @@ def cmd_mount(args: argparse.Namespace) -> int:
     from capture.fuse import FuseServer
     from capture.init import texts
 
-    if not os.path.exists(args.target):
-        raise Error(f"{args.target}: no such file or folder to mount on")
+    try:
+        os.stat(args.target)
+    except OSError as e:
+        raise Error(f"cannot mount on {args.target}: {e.strerror}") from None
     dump = open_dump(args)
     server = FuseServer(dump.vmcore, args.target, texts(dump), args.direct)  # type: ignore[arg-type]
     if args.foreground:
-        serve_until_stopped(server, [args.target])
+        serve_until_stopped(server, [server.target])
         return finished(dump)
-    serve_in_background(server, [args.target])
-    return DONE
+    serve_in_background(server, [server.target])
+    return finished(dump)
 
 
 def cmd_init(args: argparse.Namespace) -> int:
@@ -141,7 +156,7 @@ def cmd_init(args: argparse.Namespace) -> int:
     dump = open_dump(args)
     where = bring_up(dump)
     print(f"oldmem: guarded vmcore at {where} ({dump.vmcore.size} bytes), report in /run/oldmem/guard.json")
-    return DONE
+    return finished(dump)
 
 
 def cmd_record(args: argparse.Namespace) -> int:
@@ -167,7 +182,8 @@ def cmd_check(args: argparse.Namespace) -> int:
 class _Help(argparse.RawDescriptionHelpFormatter):
     def __init__(self, prog: str) -> None:
         # a given width spares the import of shutil and all its compressors
-        super().__init__(prog, width=int(os.environ.get("COLUMNS", "") or 100))
+        columns = os.environ.get("COLUMNS", "")
+        super().__init__(prog, width=max(40, int(columns)) if columns.isdecimal() else 100)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -231,25 +247,57 @@ def parser() -> argparse.ArgumentParser:
 
 
 def run(argv: list[str] | None = None) -> int:
-    args = parser().parse_args(argv)
+    """The command with the arguments *argv* (default: the process's own); returns its exit status."""
     try:
+        args = parser().parse_args(argv)
         return int(args.run(args))
+    except SystemExit as e:  # argparse has said what there is to say
+        return int(e.code or 0)
     except Error as e:
         from capture.machine import NotCaptureError
 
-        print(f"oldmem: {e}", file=sys.stderr)
+        tell(str(e))
         return NOT_CAPTURE if isinstance(e, NotCaptureError) else FAILED
     except KeyboardInterrupt:
-        return 128 + 2
+        return 128 + signal.SIGINT
+    except MemoryError:
+        tell("out of memory")
+        return FAILED
+
+
+def fill_standard_descriptors() -> None:
+    """A caller may have closed some: the next file opened would take their place and be written to. Now writing to
+    them fails as it does with a closed one."""
+    with contextlib.suppress(OSError):
+        while (fd := os.open(os.devnull, os.O_RDONLY)) <= 2:
+            os.set_inheritable(fd, True)
+        os.close(fd)
+    sys.stdout = sys.stdout or open(1, "w", closefd=False)
+    sys.stderr = sys.stderr or open(2, "w", closefd=False)
 
 
 def main() -> NoReturn:
-    code = run()
+    fill_standard_descriptors()
     try:
+        code = run()
         sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    except OSError as e:
+        if isinstance(e, BrokenPipeError):
+            code = 128 + signal.SIGPIPE
+        else:
+            tell(f"{e.filename or 'standard output'}: {e.strerror}")
+            code = FAILED
+        _give_up(1)
+    try:
+        sys.stderr.flush()
+    except OSError:
+        _give_up(2)
     sys.exit(code)
+
+
+def _give_up(fd: int) -> None:
+    """What could not be written would be tried again, with a traceback, when the interpreter ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), fd)
 
 
 if __name__ == "__main__":

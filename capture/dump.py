@@ -6,6 +6,7 @@ sources -> envelope and rules -> gated memory -> the dead kernel's records -> me
 from __future__ import annotations
 
 import warnings
+from itertools import pairwise
 from typing import NamedTuple
 
 from capture import elfcore, memory_map, x86_64
@@ -16,7 +17,7 @@ from capture.sources import report
 from capture.vmcore import Vmcore
 from guard import procvmcore
 from guard.errors import Error, ReadError, SourceError, WitnessError
-from guard.physmem import ExactMemory, OldMemory, layer, only
+from guard.physmem import ExactMemory, OldMemory, covered, layer, only
 from guard.ranges import Range, RangeSet
 from guard.registry import GuardWarning, Registry
 from guard.witness.dead_kernel import DeadKernel
@@ -26,6 +27,8 @@ from guard.witness.vmcoreinfo import Vmcoreinfo, note_at
 
 CUT, KERNEL = "cut", "kernel"
 DYNAMIC, PRELOADED = "dynamic", "preloaded"
+
+E820_RAM = 1  # arch/x86/include/asm/e820/types.h
 
 # p_align of the merged PT_NOTE where no /proc/vmcore shows what the running kernel does: what current ones do
 DEFAULT_NOTE_ALIGN = 4
@@ -50,10 +53,14 @@ class Dump:
         self.problems: Problems = machine.problems
         self.registry = Registry(machine.page_size)
         devices = machine.devices
+        for source in machine.reports.values():
+            for line in source.damage:
+                self.problems.note(line)
         self.envelope = memory_map.envelope(machine.reports, devices, machine.images, self.problems)
         self._widen_by_preloaded()
         if not self.envelope.boot:
-            raise SourceError("no source tells where the dead machine's RAM was: " + "; ".join(self._unavailable()))
+            why = "; ".join(line for name in memory_map.RAM_SOURCES for line in machine.reports[name].problems)
+            raise SourceError(f"no source tells where the dead machine's RAM was: {why}")
         memory_map.install_rules(self.registry, self.envelope, self._foreign(), devices)
         wanted = self.envelope.all.inner_pages(machine.page_size)
         segments = machine.open_segments(wanted)
@@ -82,9 +89,6 @@ class Dump:
             for line in device.problems:
                 self.problems.note(f"{device.name}: {line}")
 
-    def _unavailable(self) -> list[str]:
-        return [line for r in self.machine.reports.values() if not r.available for line in r.problems]
-
     def _widen_by_preloaded(self) -> None:
         """Without any firmware source the kernel's own header is the best there is; it was right once."""
         header = self.machine.core_header
@@ -100,9 +104,7 @@ class Dump:
 
     def _backed_up(self) -> RangeSet:
         """Taken as it is, the preloaded header may list memory that kexec copied away before this kernel took it."""
-        if self.mode != PRELOADED or self.machine.core_header is None:
-            return RangeSet()
-        return RangeSet((p.paddr, p.paddr + p.memsz) for p in self.machine.core_header.loads)
+        return self.preloaded_ranges() if self.mode == PRELOADED else RangeSet()
 
     def _find_vmcoreinfo(self) -> Vmcoreinfo | None:
         paddr = self.machine.vmcoreinfo_paddr
@@ -135,14 +137,33 @@ class Dump:
         reserved = [(r.name, r.start, r.end) for r in dead.reservations()]
         self.reserved = memory_map.plausible_reservations(reserved, self.machine.own, self.problems)
         memory_map.install_reservations(self.registry, self.reserved - self._backed_up())
-        self.system_ram = RangeSet((r.start, r.end) for r in dead.system_ram())
-        witnessed = memory_map.witnessed_ram(self.envelope, self.system_ram, self.problems)
+        system_ram = RangeSet((r.start, r.end) for r in dead.system_ram())
+        self._locate_devices(dead)
+        witnessed = memory_map.witnessed_ram(self.envelope, system_ram, self.problems)
         if witnessed is not None:
+            self.system_ram = system_ram
             memory_map.install_witness(self.registry, self.envelope, witnessed)
+        shown = covered(s for s in self.memory.segments if s.name == procvmcore.PATH)
         for device in self.machine.devices:
+            if device.gated_by_kernel:
+                memory_map.install_kernel_gated(self.registry, device, self.system_ram, shown)
             unknown = device.plugged - self.system_ram
             if unknown and self.system_ram:
                 self.problems.note(f"{device.name}: {unknown} is plugged but was no System RAM of the dead kernel")
+
+    def _locate_devices(self, dead: DeadKernel) -> None:
+        """A virtio-mem device that we could not even ask where it is, the dead kernel's driver had claimed."""
+        added = [r for r in dead.iomem() if r.name == "System RAM (virtio_mem)"]
+        claimed = [Range(r.start, r.end) for r in [*dead.virtio_mem_regions(), *added]]
+        unlocated = self.machine.unlocated
+        gated = bool(unlocated) and all(by_kernel for _, by_kernel in unlocated)
+        for device in memory_map.unlocated_devices(claimed, self.envelope, gated):
+            self.machine.devices.append(device)
+            region = RangeSet([device.region])
+            env = self.envelope
+            self.envelope = env._replace(window=env.window - region, regions=env.regions | region)
+            if rule := device.rule(self.registry.page_size):
+                self.registry.register(rule)
 
     def readable(self) -> RangeSet:
         """What the vmcore has of old memory, in whole pages."""
@@ -165,24 +186,37 @@ class Dump:
         data = self.machine.core_header_bytes()
         header = self.machine.core_header
         assert header is not None
-        mask = self.machine.page_size - 1
         extents = []
         for p in header.loads:
-            start, end = p.paddr & ~mask, (p.paddr + p.memsz + mask) & ~mask
-            extents.append(Extent(p.offset - (p.paddr - start), end - start, start))
+            start, end = procvmcore.shown_by(p, self.machine.page_size)
+            extents.append(Extent(p.offset + start - p.paddr, end - start, start))
         extents.sort()
+        for a, b in pairwise(extents):
+            if a.offset + a.size > b.offset:
+                raise SourceError(
+                    f"{procvmcore.PATH}: memory at {a.paddr:#x} and {b.paddr:#x} overlap in the file at {b.offset:#x}: "
+                    "the preloaded header cannot be taken as it is"
+                )
         size = max((e.offset + e.size for e in extents), default=len(data))
         return Core(data, tuple(extents), size, header.phdrs)
 
     def map(self) -> list[Entry]:
         """The memory map with provenance, ascending."""
-        claims = {name: r.ranges(report.RAM) for name, r in self.machine.reports.items() if r.ranges(report.RAM)}
+        return memory_map.entries(self.registry, self.envelope, self.machine.devices, self._claims())
+
+    def _claims(self) -> dict[str, RangeSet]:
+        """Who calls what memory."""
+        claims = {name: r.ranges(report.RAM) for name, r in self.machine.reports.items()}
         claims |= {d.name: d.plugged for d in self.machine.devices if d.bitmap is not None}
-        if self.system_ram:
-            claims["dead kernel"] = self.system_ram
+        if self.dead:
+            e820 = self.dead.e820()
+            sections = self.dead.sections()
+            claims["dead e820"] = RangeSet((e.start, e.end) for e in e820 if e.type == E820_RAM)
+            claims["dead iomem"] = self.system_ram
+            claims["dead sections"] = sections.online & self.envelope.all if sections else RangeSet()
         if self.machine.core_header:
             claims["preloaded"] = self.preloaded_ranges()
-        return memory_map.entries(self.registry, self.envelope, self.machine.devices, claims)
+        return {name: ranges for name, ranges in claims.items() if ranges}
 
     def preloaded_ranges(self) -> RangeSet:
         """What the kernel's own header covers. Raises SourceError where there is none."""
@@ -203,8 +237,10 @@ class Dump:
         return sorted(found)
 
     def lost(self) -> RangeSet:
-        """Readable RAM that no source shows: it stays zero in the vmcore."""
-        return self.readable() - self.memory.covered
+        """RAM that stays zero in the vmcore: no source shows it, or its device could not be asked what is plugged."""
+        unknown = RangeSet(d.region for d in self.machine.devices if d.bitmap is None)
+        readable = self.readable()
+        return (readable - self.memory.covered) | ((self.system_ram & unknown) - readable)
 
     def close(self) -> None:
         self.memory.close()

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import mmap
 import os
 import stat
@@ -46,15 +47,24 @@ def unmount(target: str) -> None:
     _libc.umount2(os.fsencode(target), MNT_DETACH)
 
 
+def unmount_all(targets: list[str], device: str | None) -> None:
+    """Take the mounts of *device* on *targets* away, last one first; what else is mounted there stays."""
+    for target in reversed(targets):
+        if mounted_device(target) == device:
+            unmount(target)
+
+
 def mounted_device(target: str) -> str | None:
-    """major:minor of the topmost mount on *target*, from mountinfo: stat(2) would already ask the server."""
+    """major:minor of the topmost mount on *target*, from mountinfo: stat(2) would already ask the server. None if
+    there is none, or no /proc to tell."""
     path = os.path.realpath(os.path.dirname(target) or ".").rstrip("/") + "/" + os.path.basename(target)
     found = None
-    with open("/proc/self/mountinfo", encoding="utf-8", errors="replace") as file:
+    with contextlib.suppress(FileNotFoundError), open("/proc/self/mountinfo", "rb") as file:
         for line in file:
             fields = line.split()
-            if fields[4].encode().decode("unicode_escape") == path:
-                found = fields[2]
+            # blanks and the like are written as \040
+            if fields[4].decode("unicode_escape").encode("latin-1") == os.fsencode(path):
+                found = fields[2].decode()
     return found
 
 
@@ -62,13 +72,14 @@ class FuseServer:
     """A mounted FUSE file system that waits to be served.
 
     *target* decides the shape: an existing file is mounted over, a folder gets the files. *texts* maps names to
-    functions that return a report's bytes at the moment it is opened (folder only). *probe* is where the vmcore is."""
+    functions that return a report's bytes at the moment it is opened (folder only). *probe* is where the vmcore is,
+    *device* the major:minor by which the mount can be known again."""
 
     def __init__(
         self, vmcore: Vmcore, target: str, texts: dict[str, Callable[[], bytes]], direct: bool = False
     ) -> None:
         self.vmcore = vmcore
-        self.target = target
+        target = self.target = os.path.realpath(target)
         # asked now: once mounted, and until it is served, the target answers nobody
         folder = os.path.isdir(target)
         self.probe = os.path.join(target, "vmcore") if folder else target
@@ -93,7 +104,7 @@ class FuseServer:
         except OSError as e:
             raise Error(f"/dev/fuse: {e.strerror} (is the fuse module loaded?)") from None
         self.c: CData = ffi.new("struct fuse_server *")
-        self.c.fd, self.c.view = self.fd, vmcore.c
+        self.c.fd, self.c.wake_fd, self.c.view = self.fd, -1, vmcore.c
         self.c.n, self.c.nodes = len(nodes), self._nodes
         self.c.max_read, self.c.buffer = MAX_READ, ffi.from_buffer("uint8_t[]", self._buffer)
         self.c.buffer_size = MAX_READ
@@ -108,13 +119,13 @@ class FuseServer:
         except Error:
             os.close(self.fd)
             raise
+        self.device = mounted_device(target)
         self._raise_read_ahead()
 
     def _raise_read_ahead(self) -> None:
         """128 KiB, the default, costs cached readers 40 % (larger requests are fewer switches); not worth failing."""
         with contextlib.suppress(OSError):
-            device = mounted_device(self.target)
-            with open(f"/sys/class/bdi/{device}/read_ahead_kb", "w", encoding="ascii") as file:
+            with open(f"/sys/class/bdi/{self.device}/read_ahead_kb", "w", encoding="ascii") as file:
                 file.write(str(READ_AHEAD_KB))
 
     def _set_text(self, i: int, text: bytes) -> None:
@@ -122,7 +133,8 @@ class FuseServer:
         self._nodes[i].text, self._nodes[i].text_size = ffi.from_buffer("uint8_t[]", text), len(text)
 
     def serve(self) -> None:
-        """Answer requests until unmounted. Signals are handled by Python between requests. Raises Error."""
+        """Answer requests until unmounted. Signals are handled by Python between requests, for certain only if
+        ``c.wake_fd`` reads what signal.set_wakeup_fd() writes. Raises Error."""
         while True:
             result = lib.fuse_serve(self.c)
             if result == lib.FUSE_SERVE_ENDED:
@@ -131,8 +143,11 @@ class FuseServer:
                 make = self._makers[self.c.refresh]
                 assert make is not None
                 self._set_text(self.c.refresh, make())
-            elif result != -4:  # EINTR: the interpreter runs its signal handlers on the way round
+            elif result != -errno.EINTR:  # then the interpreter runs its signal handlers on the way round
                 raise Error(f"FUSE server of {self.target}: {os.strerror(-result)}")
+            elif self.c.wake_fd >= 0:
+                with contextlib.suppress(BlockingIOError):
+                    os.read(self.c.wake_fd, 64)
 
     def close(self) -> None:
         """Unmount and end the connection."""

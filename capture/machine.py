@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 
 from capture import recorded
 from capture.memory_map import Device
-from capture.sources import cmdline, firmware_memmap, fw_cfg, iomem, memory_blocks, report, smbios, srat
+from capture.sources import cmdline, files, firmware_memmap, fw_cfg, iomem, memory_blocks, report, smbios, srat
 from capture.sources.report import SourceReport
 from capture.x86_64 import LOW_MEMORY
 from guard import devmem, loop, procvmcore, virtio_mem
@@ -50,15 +51,19 @@ class Machine:
 
     def __init__(self, root: str) -> None:
         self.root = root
-        self.problems = Problems()
+        self.problems = Problems(192)  # of each source up to 17 lines, and then some
         self.remarks = Problems()  # nothing wrong, but worth knowing: shown on request
         self.reports: dict[str, SourceReport] = {name: read(root) for name, read in SOURCES.items()}
         self.devices: list[Device] = []
+        self.unlocated: list[tuple[str, bool]] = []  # virtio-mem whose region is not known; does the kernel gate it?
         self.source = ""
         self.unmapped: list[tuple[Range, str]] = []  # what the first choice of source refused, and why
         self._fds: list[int] = []
         self._loops: list[loop.LoopDevice] = []
         self.own = self.reports["iomem"].ranges(report.OWN_RAM) | RangeSet([LOW_MEMORY])
+        for f in self.reports["fw_cfg"].findings:
+            if f.kind == report.VMCOREINFO:
+                self.vmcoreinfo_paddr = f.start
 
     def open_segments(self, wanted: RangeSet) -> list[Segment]:
         """The files that show *wanted* (whole pages). Raises SourceError if there is none."""
@@ -70,16 +75,19 @@ class Machine:
             raise SourceError(f"{procvmcore.PATH}: the kernel made none: there is no preloaded header")
         return procvmcore.pread_exact(self.core_fd, self.core_header.size, 0, procvmcore.PATH)
 
-    def _open_core(self, path: str) -> None:
-        """Remember the kernel's own vmcore, before anything is mounted over it."""
+    def _open_core(self, real_path: str, path: str) -> None:
+        """Remember the kernel's own vmcore, before anything is mounted over it. *path* is what messages call it."""
         try:
-            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            # a recorded machine may come from anybody: a FIFO must not block
+            fd = os.open(real_path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         except OSError as e:
             if e.errno != errno.ENOENT:
                 self.problems.note(f"{path}: {e.strerror}")
             return
         self._fds.append(fd)
         try:
+            if not stat.S_ISREG(os.fstat(fd).st_mode):
+                raise SourceError(f"{path}: is not a regular file; taken as absent")
             self.core_header = procvmcore.read_header(fd, path)
         except SourceError as e:
             self.problems.note(str(e))
@@ -115,11 +123,8 @@ class LiveMachine(Machine):
         if not self.reports["iomem"].ranges(report.OWN_RAM):
             raise Error(f"{self.reports['iomem'].problems[0]}; without it own memory cannot be told from old memory")
         self._refuse_danger()
-        self._open_core(procvmcore.PATH)
+        self._open_core(procvmcore.PATH, procvmcore.PATH)
         self.own_vmcoreinfo = _own_vmcoreinfo()
-        for f in self.reports["fw_cfg"].findings:
-            if f.kind == report.VMCOREINFO:
-                self.vmcoreinfo_paddr = f.start
         self.devices = self._query_devices()
 
     def _refuse_danger(self) -> None:
@@ -141,9 +146,6 @@ class LiveMachine(Machine):
         found = []
         for result in virtio_mem.query_all("/sys", allow_bound=self.kdump_mode):
             name, c, state = result.function.bdf, result.config, result.state
-            if c is None:
-                self.problems.note(f"{name}: {result.reason}; where this virtio-mem device's memory is cannot be told")
-                continue
             gated = state is None and self.kdump_mode and result.function.virtio_driver == virtio_mem.KERNEL_DRIVER
             if state is None:
                 who = (
@@ -152,6 +154,9 @@ class LiveMachine(Machine):
                     else "nothing of it is read"
                 )
                 self.problems.note(f"{name}: plug state not to be had: {result.reason}; {who}")
+            if c is None:
+                self.unlocated.append((name, gated))
+                continue
             found.append(
                 Device(
                     name,
@@ -207,24 +212,35 @@ class ImageMachine(Machine):
         self.record = record = recorded.load(folder)
         super().__init__(record.root_path)
         self.arch, self.page_size = record.arch, record.page_size
-        self.vmcoreinfo_paddr, self.phdr_note_align = record.vmcoreinfo_paddr, record.phdr_note_align
+        if record.vmcoreinfo_paddr is not None:
+            self.vmcoreinfo_paddr = record.vmcoreinfo_paddr
+        self.phdr_note_align = record.phdr_note_align
         self._use_loop = use_loop
         for line in record.notes:
             self.problems.note(line)
-        self._open_core(os.path.join(record.root_path, "proc/vmcore"))
+        if not self.reports["iomem"].available:
+            self.problems.note(
+                f"{self.reports['iomem'].problems[0]}; only the first MiB is taken to be the capture kernel's own"
+            )
+        core = os.path.join(record.root_path, "proc/vmcore")
+        try:
+            self._open_core(files.resolve(record.root_path, "proc/vmcore"), core)
+        except OSError as e:
+            self.problems.note(f"{core}: {e.strerror}; taken as absent")
         self.images = RangeSet((r.paddr, r.paddr + r.size) for r in record.ram)
         for v in record.virtio_mem:
-            bits = bytearray((v.usable_region_size // v.block_size + 7) // 8)
+            blocks = v.usable_region_size // v.block_size
+            digits = bytearray(b"0") * blocks
             for first, count in v.plugged:
-                for i in range(first, first + count):
-                    bits[i // 8] |= 1 << i % 8
+                digits[first : first + count] = b"1" * count
+            bitmap = int(digits[::-1] or b"0", 2).to_bytes((blocks + 7) // 8, "little")
             region = Range(v.addr, v.addr + v.region_size)
             self.devices.append(
                 Device(
                     f"virtio-mem {v.addr:#x}",
                     region,
                     *(v.usable_region_size, v.block_size, v.plugged_size, v.requested_size, v.node_id),
-                    bytes(bits),
+                    bitmap,
                     "recorded",
                 )
             )

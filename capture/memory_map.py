@@ -7,17 +7,21 @@ the narrower answer is read and the difference is told, as long as what it says 
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable
 from itertools import pairwise
 from typing import NamedTuple
 
 from capture.sources import report
 from capture.sources.report import SourceReport
+from guard.pageset import PageSet
 from guard.ranges import Range, RangeSet
 from guard.registry import Registry, Rule, allow_rule, bitmap_rule, deny_rule
 from guard.witness.memory import Problems
 
-WHOLE = Range(0, 1 << 63)
+WHOLE = Range(0, 1 << 64)
+
+RAM_SOURCES = ("fw_cfg", "smbios", "srat")
 
 # The dead kernel's tree counts only if it has at least this share of what firmware calls boot RAM: a damaged or
 # forged tree must not cost the dump. mem= halves a machine at worst in practice.
@@ -49,9 +53,8 @@ class Device(NamedTuple):
         """What is plugged, by the device's own word."""
         if self.bitmap is None:
             return RangeSet()
-        size, blocks = self.block_size, min(len(self.bitmap) * 8, self.region.size // self.block_size)
-        starts = (self.region.start + i * size for i in range(blocks) if self.bitmap[i // 8] >> i % 8 & 1)
-        return RangeSet((start, start + size) for start in starts)
+        blocks = min(len(self.bitmap) * 8, self.region.size // self.block_size)
+        return RangeSet(PageSet.of_bitmap(self.region.start, self.block_size, blocks, self.bitmap).ranges(*self.region))
 
     def rule(self, page_size: int) -> Rule | None:
         """What gates this region; None where the kernel's own driver does."""
@@ -96,7 +99,7 @@ def envelope(
     regions = RangeSet(d.region for d in devices)
     srat = reports["srat"]
     window = srat.ranges(report.HOTPLUG_WINDOW) - regions
-    fw_cfg, smbios, affinity = (reports[n].ranges(report.RAM) for n in ("fw_cfg", "smbios", "srat"))
+    fw_cfg, smbios, affinity = (reports[n].ranges(report.RAM) for n in RAM_SOURCES)
     if fw_cfg:
         boot, source = fw_cfg, "fw_cfg"
         for name, other in (("smbios", smbios), ("srat", affinity)):
@@ -126,13 +129,14 @@ def witnessed_ram(env: Envelope, system_ram: RangeSet, problems: Problems) -> Ra
     if not system_ram:
         return None
     boot = env.boot & system_ram
-    if boot.size < env.boot.size * PLAUSIBLE_SHARE:
+    outside = system_ram - env.all
+    if boot.size < env.boot.size * PLAUSIBLE_SHARE or outside.size > env.all.size:
         problems.note(
-            f"the dead kernel's resource tree has {boot.size:#x} of {env.boot.size:#x} bytes of boot RAM; "
-            "that is not plausible, so firmware alone is believed"
+            f"the dead kernel's resource tree has {boot.size:#x} of {env.boot.size:#x} bytes of boot RAM and "
+            f"{outside.size:#x} bytes elsewhere; that is not plausible, so firmware alone is believed"
         )
         return None
-    if outside := system_ram - env.all:
+    if outside:
         problems.note(f"the dead kernel used {outside} as System RAM, outside of what firmware knows; not read")
     return boot | (env.window & system_ram)
 
@@ -158,9 +162,32 @@ def install_rules(registry: Registry, env: Envelope, own: RangeSet, devices: Ite
     registry.register(deny_rule("capture kernel", own, "belongs to the capture kernel", page_size))
     for device in devices:
         if rule := device.rule(page_size):
+            if any(r.name == rule.name for r in registry):  # two that claim one region: what either refuses is refused
+                rule = rule._replace(name=f"{rule.name} ({device.name})")
             registry.register(rule)
     if env.window:
         registry.register(deny_rule("hotplug window", env.window, "nothing tells what was plugged there", page_size))
+
+
+def unlocated_devices(claimed: Iterable[Range], known: Envelope, gated: bool) -> list[Device]:
+    """virtio-mem regions that only the dead kernel tells of: of the devices behind them no plug state is known.
+
+    *claimed* are its driver's resources; they count in the hotplug window only, as no firmware calls such a region RAM
+    (virtio specification, "Memory Device"). *gated* if the in-kernel driver gates all such devices."""
+    why = "known from the dead kernel only"
+    return [
+        Device(f"virtio-mem {r.start:#x}", r, 0, 4096, 0, 0, 0, None, why, gated)
+        for r in RangeSet(claimed) & known.window
+    ]
+
+
+def install_kernel_gated(registry: Registry, device: Device, system_ram: RangeSet, shown: RangeSet) -> None:
+    """Of a region that the in-kernel driver gates, read what was System RAM, and only where /proc/vmcore shows it:
+    the driver gates nothing else. Unplugged blocks in it then read as zeros, by the kernel."""
+    ram = system_ram & shown
+    reason = "gated by the kernel, and not in its own vmcore"
+    name = f"virtio-mem {device.region.start:#x}"
+    registry.register(allow_rule(name, device.region, ram, reason, registry.page_size))
 
 
 def install_reservations(registry: Registry, reserved: RangeSet) -> None:
@@ -172,7 +199,7 @@ def install_reservations(registry: Registry, reserved: RangeSet) -> None:
 
 def install_witness(registry: Registry, env: Envelope, witnessed: RangeSet) -> None:
     """Narrow by the dead kernel's word, which also tells what of the hotplug window was memory."""
-    if env.window:
+    if any(rule.name == "hotplug window" for rule in registry):
         registry.unregister("hotplug window")
     refused = ((env.boot | env.window) - witnessed).inner_pages(registry.page_size)
     if refused:
@@ -186,7 +213,7 @@ def entries(registry: Registry, env: Envelope, devices: Iterable[Device], claims
     spans = env.all
     for ranges in claims.values():
         spans |= ranges
-    borders = {b for ranges in (*claims.values(), env.boot, env.window, env.regions) for r in ranges for b in r}
+    borders = sorted({b for ranges in (*claims.values(), env.boot, env.window, env.regions) for r in ranges for b in r})
     kinds: list[tuple[str, Callable[[int], bool]]] = [
         ("virtio-mem", env.regions.__contains__),
         ("ram", env.boot.__contains__),
@@ -195,7 +222,8 @@ def entries(registry: Registry, env: Envelope, devices: Iterable[Device], claims
     found: list[Entry] = []
     for span in spans.outer_pages(page):
         for run, rule in registry.verdicts(*span):
-            cuts = sorted({run.start, run.end, *((b & -page) for b in borders if run.start < b < run.end)})
+            inner = borders[bisect_right(borders, run.start) : bisect_left(borders, run.end)]
+            cuts = sorted({run.start, run.end, *(b & -page for b in inner)})
             for start, end in pairwise(cuts):
                 inside = end - 1
                 kind = next((name for name, has in kinds if has(inside)), "other")

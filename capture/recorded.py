@@ -14,6 +14,7 @@ from itertools import pairwise
 from typing import Any, NamedTuple, NoReturn
 
 from guard.errors import SourceError
+from guard.virtio_mem import MAX_BLOCKS
 
 from .sources.report import one_line, shown
 
@@ -271,6 +272,8 @@ def _virtio_mem(item: _Object, page_size: int) -> VirtioMemState:
     requested = multiple("requested_size")
     if requested > region_size:
         item.fail("requested_size", f"{requested} is larger than region_size {region_size}")
+    if usable // block_size > MAX_BLOCKS:
+        item.fail("usable_region_size", f"{usable} is more than {MAX_BLOCKS} blocks of {block_size} bytes")
     plugged = _runs(item, usable // block_size)
     plugged_size = item.integer("plugged_size")
     blocks = sum(count for _, count in plugged)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import sys
@@ -35,10 +36,11 @@ class Progress:
         share = done / self.total if self.total else 1.0
         eta = int((now - self.start) * (1 - share) / share) if share else 0
         left = f"{eta // 60}m{eta % 60}s" if eta >= 60 else f"{eta}s"
-        self.out.write(f"Copying data : [{100 * share:5.1f} %] / eta: {left}  {self.end}")
-        if final and self.end == "\r":
-            self.out.write("\n")
-        self.out.flush()
+        with contextlib.suppress(OSError):  # a console that takes no progress must not cost the dump
+            self.out.write(f"Copying data : [{100 * share:5.1f} %] / eta: {left}  {self.end}")
+            if final and self.end == "\r":
+                self.out.write("\n")
+            self.out.flush()
 
 
 def _write_all(fd: int, data: memoryview) -> None:
@@ -111,4 +113,4 @@ def save(vmcore: Vmcore, out: str, err: TextIO) -> None:
         raise Error("output: the reader closed the pipe before the vmcore was complete") from None
     except OSError as e:
         hint = f"; {out}-incomplete has what fitted" if e.errno == errno.ENOSPC and out != "-" else ""
-        raise Error(f"{e.filename or out}: {e.strerror}{hint}") from None
+        raise Error(f"{e.filename or ('standard output' if out == '-' else out)}: {e.strerror}{hint}") from None

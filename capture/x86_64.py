@@ -31,7 +31,7 @@ class Shape(NamedTuple):
     notes: bytes
 
     def load(self, r: Range) -> Load:
-        return Load(r.start, self.page_offset + r.start, r.size)
+        return Load(r.start, (self.page_offset + r.start) % (1 << 64), r.size)
 
 
 def shape(dead: DeadKernel | None, info: Vmcoreinfo | None, problems: Problems) -> Shape:

@@ -15,7 +15,7 @@ import os
 from typing import NamedTuple
 
 from guard.errors import SourceError
-from guard.physmem import MMAP, Segment
+from guard.physmem import MAX_FILE_SIZE, MMAP, Segment
 from guard.ranges import Range, RangeSet
 
 PATH = "/dev/mem"
@@ -58,7 +58,7 @@ def open_devmem(wanted: RangeSet, own: RangeSet, buffers: RangeSet, page_size: i
             refused.append((piece, why))
     ranges = wanted - RangeSet(piece for piece, _ in refused)
     for piece in ranges:
-        if err := can_map(fd, piece.start, page_size):
+        if err := can_map(fd, piece.start, page_size) if piece.end <= MAX_FILE_SIZE else errno.EOVERFLOW:
             refused.append((piece, f"{path}: {piece} cannot be mapped: {os.strerror(err)}"))
     ranges -= RangeSet(piece for piece, _ in refused)
     if wanted and not ranges:

@@ -21,6 +21,7 @@ MMAP: int = lib.PHYSMEM_MMAP
 # 64 KiB of page tables for each window, and all of a small machine's RAM in the four of them
 WINDOW_SIZE = 128 << 20
 MAX_FAULTS = 4096
+MAX_END, MAX_FILE_SIZE = 1 << 64, 1 << 63
 
 
 class Segment(NamedTuple):
@@ -70,9 +71,11 @@ class OldMemory:
 
     def __init__(self, segments: list[Segment], registry: Registry) -> None:
         mask = registry.page_size - 1
-        for s, following in zip(segments, [*segments[1:], None], strict=True):
+        for s, following in zip(segments, [*segments, None][1:], strict=True):
             if (s.paddr | s.size | (s.offset if s.how == MMAP else 0)) & mask:
                 raise SourceError(f"{s.name}: {s.paddr:#x}+{s.size:#x} at offset {s.offset:#x} is not whole pages")
+            if s.paddr < 0 or s.size <= 0 or s.end > MAX_END or s.offset < 0 or s.offset + s.size > MAX_FILE_SIZE:
+                raise SourceError(f"{s.name}: {s.paddr:#x}+{s.size:#x} at offset {s.offset:#x} is not possible")
             if following and following.paddr < s.end:
                 raise SourceError(f"{s.name} and {following.name} both claim {following.paddr:#x}")
         if err := lib.physmem_catch_sigbus():
@@ -113,9 +116,12 @@ class OldMemory:
         return bytes(ffi.buffer(buffer, size))
 
     def faults(self) -> list[Fault]:
-        """The pages that could not be read so far; at most MAX_FAULTS runs are told one by one."""
+        """The pages that could not be read so far, ascending; of very many (MAX_FAULTS runs) only the first seen."""
         shift = self.c.page_shift
-        return [Fault(Range(f.first << shift, f.end << shift), f.error) for f in self._faults[0 : self.c.n_faults]]
+        runs: dict[int, list[Range]] = {}
+        for f in self._faults[0 : self.c.n_faults]:
+            runs.setdefault(f.error, []).append(Range(f.first << shift, f.end << shift))
+        return sorted(Fault(r, error) for error, found in runs.items() for r in RangeSet(found))
 
     @property
     def bytes_read(self) -> int:

@@ -11,13 +11,16 @@ import struct
 from typing import NamedTuple
 
 from guard.errors import SourceError
-from guard.physmem import PREAD, Segment, layer
+from guard.physmem import MAX_END, MAX_FILE_SIZE, PREAD, Segment
+from guard.ranges import Range
 
 PATH = "/proc/vmcore"
 PT_LOAD, PT_NOTE = 1, 4
 PN_XNUM = 0xFFFF
 EHDR_SIZE, PHDR_SIZE, SHDR_SIZE = 64, 56, 64
 MAX_PHDRS = 1 << 20
+MAX_HEADER = 128 << 20  # bytes before the first PT_LOAD; so many program headers and 8192 CPUs' notes fit
+MIN_PAGE = 4096
 
 
 class ProgramHeader(NamedTuple):
@@ -45,17 +48,23 @@ class CoreHeader(NamedTuple):
     @property
     def size(self) -> int:
         """Where the header and notes end and memory begins in the file; 0 without any PT_LOAD."""
-        return min((p.offset for p in self.loads), default=0)
+        return min((p.offset & -MIN_PAGE for p in self.loads), default=0)
 
 
 def pread_exact(fd: int, size: int, offset: int, name: str) -> bytes:
-    data = b""
+    """*size* bytes from *offset* on. Raises SourceError where the file does not have them."""
+    if offset + size > MAX_FILE_SIZE:
+        raise SourceError(f"{name}: {size:#x} bytes at {offset:#x} are beyond the end of any file")
+    data = bytearray()
     while len(data) < size:
-        piece = os.pread(fd, size - len(data), offset + len(data))
+        try:
+            piece = os.pread(fd, min(size - len(data), 1 << 20), offset + len(data))
+        except OSError as e:
+            raise SourceError(f"{name}: {e.strerror} at {offset + len(data):#x}") from None
         if not piece:
             raise SourceError(f"{name}: ends at {offset + len(data):#x}, expected {size} bytes at {offset:#x}")
         data += piece
-    return data
+    return bytes(data)
 
 
 def read_header(fd: int, name: str) -> CoreHeader:
@@ -74,15 +83,37 @@ def read_header(fd: int, name: str) -> CoreHeader:
     if phentsize != PHDR_SIZE or not 0 < phnum <= MAX_PHDRS:
         raise SourceError(f"{name}: offset 0x36: {phnum} program headers of {phentsize} bytes, expected {PHDR_SIZE}")
     table = pread_exact(fd, phnum * PHDR_SIZE, phoff, name)
-    return CoreHeader(machine, order, tuple(map(ProgramHeader._make, struct.iter_unpack(order + "IIQQQQQQ", table))))
+    phdrs = tuple(map(ProgramHeader._make, struct.iter_unpack(order + "IIQQQQQQ", table)))
+    for i, p in enumerate(phdrs):
+        if p.type == PT_LOAD and (p.paddr + p.memsz > MAX_END or p.offset + p.memsz > MAX_FILE_SIZE - MIN_PAGE):
+            raise SourceError(
+                f"{name}: program header {i}: {p.memsz:#x} bytes at offset {p.offset:#x} cannot be the memory "
+                f"at {p.paddr:#x}"
+            )
+    header = CoreHeader(machine, order, phdrs)
+    if header.size > MAX_HEADER:
+        raise SourceError(f"{name}: memory begins at {header.size:#x}, expected a header of at most {MAX_HEADER:#x}")
+    return header
+
+
+def shown_by(p: ProgramHeader, page_size: int = 4096) -> Range:
+    """The physical memory that the file shows for PT_LOAD *p*: its pages, unless kexec has put memory of another
+    offset in the page there (a backup of low memory); then only what the header lists."""
+    if (p.offset - p.paddr) % page_size:
+        return Range(p.paddr, p.paddr + p.memsz)
+    return Range(p.paddr & -page_size, (p.paddr + p.memsz + page_size - 1) & -page_size)
 
 
 def segments(fd: int, header: CoreHeader, page_size: int = 4096, name: str = PATH) -> list[Segment]:
-    """Where physical memory lies in /proc/vmcore; a page that two PT_LOADs show (kernel text) is taken once."""
-    mask = page_size - 1
+    """Where physical memory lies in /proc/vmcore, ascending; a page that two PT_LOADs show (kernel text) is taken
+    once."""
     found: list[Segment] = []
-    for p in header.loads:
-        start, end = p.paddr & ~mask, (p.paddr + p.memsz + mask) & ~mask
+    reached = 0
+    for p in sorted(header.loads, key=lambda p: p.paddr):
+        shown = shown_by(p, page_size)
+        start, end = max(shown.start, reached), shown.end
+        start, end = (start + page_size - 1) & -page_size, end & -page_size
         if start < end:
-            found = layer(found, [Segment(start, end - start, fd, p.offset - (p.paddr - start), PREAD, name)])
+            found.append(Segment(start, end - start, fd, p.offset + start - p.paddr, PREAD, name))
+            reached = end
     return found

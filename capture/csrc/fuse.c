@@ -5,6 +5,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <linux/fuse.h>
+#include <poll.h>
 #include <string.h>
 #include <sys/stat.h>
 #include <sys/uio.h>
@@ -165,6 +166,19 @@ static int do_statfs(const struct fuse_server *s, uint64_t unique)
 	return reply(s, unique, 0, &out, sizeof(out));
 }
 
+/*
+ * Wait for a request. A signal that comes while an earlier request is being served would not interrupt the read(2)
+ * that follows it, and the caller would never see it: so its handler also makes wake_fd readable.
+ */
+static int await_request(const struct fuse_server *s)
+{
+	struct pollfd wanted[2] = { { .fd = s->fd, .events = POLLIN }, { .fd = s->wake_fd, .events = POLLIN } };
+
+	if (poll(wanted, 2, -1) < 0)
+		return -errno;
+	return wanted[1].revents ? -EINTR : 0;
+}
+
 /* Bytes that the operation's argument must at least have; what is not listed takes none. */
 static size_t argument_size(uint32_t opcode)
 {
@@ -201,11 +215,14 @@ int fuse_serve(struct fuse_server *s)
 			return err;
 	}
 	for (;;) {
-		ssize_t got = read(s->fd, in.bytes, sizeof(in.bytes));
+		int err = await_request(s);
+		ssize_t got;
 		uint64_t unique;
 		size_t node;
-		int err;
 
+		if (err)
+			return err;
+		got = read(s->fd, in.bytes, sizeof(in.bytes));
 		if (got < 0 && (errno == ENOENT || errno == EAGAIN))
 			continue;	/* interrupted before we saw it */
 		if (got < 0)

@@ -26,6 +26,7 @@ enum { FUSE_SERVE_ENDED = 0, FUSE_SERVE_REFRESH = 1 };
 
 struct fuse_server {
 	int fd;				/* /dev/fuse, mounted */
+	int wake_fd;			/* readable once a signal wants the caller; negative: none */
 	const struct view *view;
 	size_t n;
 	struct fuse_node *nodes;	/* [0] is the root: a folder, or the one file; node ids are index + 1 */
@@ -40,7 +41,7 @@ struct fuse_server {
 
 /*
  * Serve until unmounted (FUSE_SERVE_ENDED), until a text node is opened and wants fresh text (FUSE_SERVE_REFRESH:
- * set it and call again), or until a signal (-EINTR) or an error (-errno).
+ * set it and call again), or until a signal, told of by wake_fd too (-EINTR), or an error (-errno).
  */
 int fuse_serve(struct fuse_server *s);
 

@@ -22,7 +22,7 @@ def under(root: str, relative: str) -> str:
     return os.path.join(root, relative)
 
 
-def _resolve(root: str, relative: str) -> str:
+def resolve(root: str, relative: str) -> str:
     """The real path of *relative* below *root*; PermissionError if a symbolic link leads out of *root*."""
     base = os.path.realpath(root)
     real = os.path.realpath(os.path.join(base, relative))
@@ -35,7 +35,7 @@ def read_file(root: str, relative: str, limit: int, problems: Problems) -> bytes
     """The whole of a regular file of at most *limit* bytes; otherwise None, and a problem says why."""
     path = under(root, relative)
     try:
-        real = _resolve(root, relative)
+        real = resolve(root, relative)
         status = os.stat(real)
         if not stat.S_ISREG(status.st_mode):
             problems.add(f"{path}: is not a regular file; ignored")
@@ -78,7 +78,7 @@ def read_line(root: str, relative: str, problems: Problems) -> str | None:
 def is_folder(root: str, relative: str) -> bool:
     """True if *relative* is a folder below *root*."""
     try:
-        return os.path.isdir(_resolve(root, relative))
+        return os.path.isdir(resolve(root, relative))
     except OSError:
         return False
 
@@ -88,7 +88,7 @@ def numbered(root: str, relative: str, prefix: str, problems: Problems) -> list[
     path = under(root, relative)
     found: list[int] = []
     try:
-        with os.scandir(_resolve(root, relative)) as entries:
+        with os.scandir(resolve(root, relative)) as entries:
             for entry in entries:
                 number = decimal(entry.name[len(prefix) :]) if entry.name.startswith(prefix) else None
                 if number is None:

@@ -36,6 +36,8 @@ ELFCOREHDR = "elfcorehdr"
 PHYS_END = 1 << 56
 """No memory lies at or above this physical address: x86_64 has at most 52 bits, aarch64 56, s390x (Linux) 53."""
 
+ABSENT = ": absent"
+
 _MAX_PROBLEMS = 16
 
 
@@ -63,6 +65,11 @@ class SourceReport(NamedTuple):
     def ranges(self, *kinds: str) -> RangeSet:
         """The bytes found to be of any of *kinds*."""
         return RangeSet((f.start, f.end) for f in self.findings if f.kind in kinds)
+
+    @property
+    def damage(self) -> list[str]:
+        """The problems with what is there; that something is absent is how most machines are."""
+        return [line for line in self.problems if ABSENT not in line]
 
 
 class Problems:

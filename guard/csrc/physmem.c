@@ -5,9 +5,12 @@
 #include <errno.h>
 #include <setjmp.h>
 #include <signal.h>
+#include <stdatomic.h>
 #include <string.h>
 #include <sys/mman.h>
 #include <unistd.h>
+
+enum { WORTH_ASKING = 1 << 16 };	/* bytes; below that a read costs no more than the question */
 
 /*
  * A mapped page that the hardware or the file system cannot deliver raises SIGBUS. A signal handler has no argument
@@ -51,13 +54,33 @@ static int copy_mapped(void *to, const void *from, size_t n)
 		return -EFAULT;
 	}
 	landing = &here;
+	/* the copy must stay between the two, wherever the compiler would like to have it */
+	atomic_signal_fence(memory_order_seq_cst);
 	memcpy(to, from, n);
+	atomic_signal_fence(memory_order_seq_cst);
 	landing = NULL;
 	return 0;
 }
 
+/*
+ * True if the file is sparse there: many gigabytes of an image may be holes, and reading them fills the page cache.
+ * A file that ends there has no hole but an end; one that cannot tell (a device, /proc/vmcore) is read.
+ */
+static bool is_hole(int fd, uint64_t offset, size_t n)
+{
+	off_t data = lseek(fd, (off_t)offset, SEEK_DATA);
+
+	if (data >= 0)
+		return (uint64_t)data >= offset + n;
+	return errno == ENXIO && lseek(fd, 0, SEEK_END) >= (off_t)(offset + n);
+}
+
 static int copy_pread(int fd, uint64_t offset, uint8_t *to, size_t n)
 {
+	if (n >= WORTH_ASKING && is_hole(fd, offset, n)) {
+		memset(to, 0, n);
+		return 0;
+	}
 	while (n) {
 		ssize_t got = pread(fd, to, n, (off_t)offset);
 
@@ -105,13 +128,16 @@ static struct physmem_window *window_at(struct physmem *m, const struct physmem_
 	return oldest;
 }
 
-/* One page through a mapping of its own: for windows in which some other page cannot be mapped. */
+/* Part of one page, with a mapping of its own: in its window some other page may refuse to be mapped. */
 static int copy_one_page(const struct physmem *m, const struct physmem_segment *s, uint64_t at, void *to, size_t n)
 {
 	uint64_t page = UINT64_C(1) << m->page_shift, inside = at & (page - 1);
-	uint8_t *map = mmap(NULL, page, PROT_READ, MAP_SHARED, s->fd, (off_t)(s->offset + at - inside));
+	uint8_t *map;
 	int err;
 
+	if (s->how == PHYSMEM_PREAD)
+		return copy_pread(s->fd, s->offset + at, to, n);
+	map = mmap(NULL, page, PROT_READ, MAP_SHARED, s->fd, (off_t)(s->offset + at - inside));
 	if (map == MAP_FAILED)
 		return -errno;
 	err = copy_mapped(to, map + inside, n);
@@ -135,28 +161,32 @@ static int copy_piece(struct physmem *m, const struct physmem_segment *s, uint64
 	return copy_mapped(to, w->map + (at - w->start), *n);
 }
 
-static const struct physmem_segment *segment_at(const struct physmem *m, uint64_t paddr, uint64_t *next)
+/* The segment that holds paddr, or NULL; *left bytes from paddr on have the same answer. */
+static const struct physmem_segment *segment_at(const struct physmem *m, uint64_t paddr, uint64_t *left)
 {
 	size_t low = 0, high = m->n;
+	const struct physmem_segment *s;
 
 	while (low < high) {
 		size_t mid = low + (high - low) / 2;
 
-		if (m->segments[mid].paddr + m->segments[mid].size > paddr)
+		s = &m->segments[mid];
+		if (s->paddr > paddr || paddr - s->paddr < s->size)
 			high = mid;
 		else
 			low = mid + 1;
 	}
+	s = &m->segments[low];
 	if (low == m->n) {
-		*next = UINT64_MAX;
+		*left = UINT64_MAX;
 		return NULL;
 	}
-	if (m->segments[low].paddr > paddr) {
-		*next = m->segments[low].paddr;
+	if (s->paddr > paddr) {
+		*left = s->paddr - paddr;
 		return NULL;
 	}
-	*next = m->segments[low].paddr + m->segments[low].size;
-	return &m->segments[low];
+	*left = s->size - (paddr - s->paddr);
+	return s;
 }
 
 static void log_fault(struct physmem *m, uint64_t first, uint64_t end, int error)
@@ -165,14 +195,19 @@ static void log_fault(struct physmem *m, uint64_t first, uint64_t end, int error
 	for (size_t i = 0; i < m->n_faults; i++) {
 		struct physmem_fault *f = &m->faults[i];
 
-		if (f->error == error && first >= f->first && first <= f->end) {
-			if (end > f->end)
-				f->end = end;
+		if (f->error == error && end >= f->first && first <= f->end) {
+			f->first = first < f->first ? first : f->first;
+			f->end = end > f->end ? end : f->end;
 			return;
 		}
 	}
 	if (m->n_faults < m->max_faults)
 		m->faults[m->n_faults++] = (struct physmem_fault){ first, end, error };
+}
+
+static uint64_t last_pfn_end(const struct physmem *m, uint64_t paddr, size_t n)
+{
+	return ((paddr + n - 1) >> m->page_shift) + 1;
 }
 
 /*
@@ -182,24 +217,24 @@ static void log_fault(struct physmem *m, uint64_t first, uint64_t end, int error
 static int copy_ram(struct physmem *m, uint64_t paddr, uint8_t *to, size_t n, bool strict, uint64_t *bad)
 {
 	const uint64_t page = UINT64_C(1) << m->page_shift;
+	size_t careful = 0;	/* bytes to go page by page after a failure: no more is lost than what really fails */
 
 	while (n) {
-		uint64_t next, at;
-		const struct physmem_segment *s = segment_at(m, paddr, &next);
-		size_t piece = next - paddr < n ? (size_t)(next - paddr) : n;
+		uint64_t left;
+		const struct physmem_segment *s = segment_at(m, paddr, &left);
+		size_t piece = left < n ? (size_t)left : n;
 		int err = -ENXIO;
 
-		if (s) {
-			at = paddr - s->paddr;
-			err = copy_piece(m, s, at, to, &piece);
-			if (err) {
-				/* once more, page by page, to lose no more than what really fails */
-				size_t left = page - (paddr & (page - 1));
-
-				piece = left < piece ? left : piece;
-				err = s->how == PHYSMEM_MMAP ? copy_one_page(m, s, at, to, piece)
-							     : copy_pread(s->fd, s->offset + at, to, piece);
-			}
+		if (s && !careful) {
+			err = copy_piece(m, s, paddr - s->paddr, to, &piece);
+			if (err)
+				careful = piece;
+		}
+		if (s && careful) {
+			left = page - (paddr & (page - 1));
+			piece = left < piece ? (size_t)left : piece;
+			careful -= piece < careful ? piece : careful;
+			err = copy_one_page(m, s, paddr - s->paddr, to, piece);
 		}
 		if (err && strict) {
 			*bad = paddr;
@@ -207,7 +242,7 @@ static int copy_ram(struct physmem *m, uint64_t paddr, uint8_t *to, size_t n, bo
 		}
 		if (err) {
 			memset(to, 0, piece);
-			log_fault(m, paddr >> m->page_shift, (paddr + piece + page - 1) >> m->page_shift, -err);
+			log_fault(m, paddr >> m->page_shift, last_pfn_end(m, paddr, piece), -err);
 		} else if (!strict) {
 			m->bytes_read += piece;
 		}
@@ -218,15 +253,16 @@ static int copy_ram(struct physmem *m, uint64_t paddr, uint8_t *to, size_t n, bo
 	return 0;
 }
 
-static uint64_t last_pfn_end(const struct physmem *m, uint64_t paddr, size_t n)
-{
-	return ((paddr + n - 1) >> m->page_shift) + 1;
-}
-
 void physmem_read(struct physmem *m, uint64_t paddr, void *buf, size_t n)
 {
 	uint8_t *to = buf;
 
+	if (n && n - 1 > UINT64_MAX - paddr) {
+		size_t inside = (size_t)(UINT64_MAX - paddr) + 1;
+
+		memset(to + inside, 0, n - inside);
+		n = inside;
+	}
 	while (n) {
 		int refuser;
 		uint64_t pfn = paddr >> m->page_shift;
@@ -255,7 +291,7 @@ int physmem_read_exact(struct physmem *m, uint64_t paddr, void *buf, size_t n, u
 	if (!n)
 		return 0;
 	*bad = paddr;
-	if (paddr + n < paddr)
+	if (n - 1 > UINT64_MAX - paddr)
 		return -EINVAL;
 	pfn = paddr >> m->page_shift;
 	end = last_pfn_end(m, paddr, n);

@@ -52,7 +52,7 @@ struct physmem {
 /* Install the SIGBUS handler (process-wide, chains to the earlier one); once, before the first read. 0 or -errno. */
 int physmem_catch_sigbus(void);
 
-/* Fill buf with n bytes from paddr on; refused and unreadable pages become zeros. */
+/* Fill buf with n bytes from paddr on; refused and unreadable pages, and what lies beyond 2^64, become zeros. */
 void physmem_read(struct physmem *m, uint64_t paddr, void *buf, size_t n);
 
 /*

@@ -51,7 +51,7 @@ def serving() -> None:
         dump = "makedumpfile -F -l -d 31 {} >/dev/null"
         median, low, high = ratio(g, dump.format(f"{OURS}/vmcore"), dump.format("/proc/vmcore"))
         row("makedumpfile -d 31: time over vmcore / over the kernel's", f"{median:.2f} ({low:.2f} to {high:.2f})", "<= 2.2")
-        peak = g.sh("for p in $(pidof -x oldmem); do grep VmHWM /proc/$p/status; done").split()
+        peak = g.sh("for p in $(pidof oldmem); do grep VmHWM /proc/$p/status; done").split()
         most = max(int(word) for word in peak if word.isdigit())
         row("oldmem init, peak memory of its server", f"{most / 1024:.1f} MB", "<= 16 MB")
 
@@ -76,7 +76,7 @@ def sizes() -> None:
     row("import guard, over the bare interpreter", f"{cost.cpu_ms:.0f} ms, {cost.rss_kib / 1024:.1f} MB", "<= 25 ms, 3 MB")
     builder = Builder()
     builder.add_python()
-    python = next(part for part in builder.sizes("zstd") if part.name == "python")
+    python = next(part for part in builder.sizes("zstd") if part.part == "python")
     row(
         "Python in the initramfs",
         f"{python.unpacked / 1e6:.1f} MB, {python.packed / 1e6:.2f} MB zstd",

@@ -24,10 +24,10 @@ def test_under_lockdown_nothing_of_an_unqueried_device_is_read(crashed_guest: Ma
     g = crashed_guest(devices=DEVICES, load="c", load_append="lockdown=integrity", after_load=shrink)
     status, output = g.run("oldmem init")
     assert "lockdown" in output
-    assert status == 0, output
+    assert status == 4, "memory was lost that was readable RAM, for its plug state is unknown\n" + output
     g.sh("dd if=/proc/vmcore of=/dev/null bs=1M", timeout=200)
     assert extra(g) == 0
-    assert g.sh("makedumpfile --dump-dmesg /proc/vmcore /tmp/dmesg && grep -c 'Trigger a crash' /tmp/dmesg").strip() == "1"
+    g.sh("makedumpfile --dump-dmesg /proc/vmcore /tmp/dmesg && grep -q 'Trigger a crash' /tmp/dmesg")
 
 
 def test_under_lockdown_the_in_kernel_driver_gates(crashed_guest: MakeCrashedGuest) -> None:

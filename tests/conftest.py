@@ -1,0 +1,29 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Under CI (``CI=true``) a test must not be skipped for what CI's machine has to have: root, QEMU, FUSE, loop devices
+and the tools that ``make deps`` installs. Other skips (no second interpreter, no such kernel feature) stay skips."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Generator
+
+import pytest
+
+# not /root, which is only where something lies
+REQUIRED = re.compile(
+    r"(?<![\w/])(root|QEMU|FUSE|/dev/fuse|/dev/loop-control|loop devices?"
+    r"|no (zstd|cpio|busybox|shellcheck|gcc|C compiler))\b",
+    re.IGNORECASE,
+)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    if os.environ.get("CI") == "true" and report.skipped and isinstance(report.longrepr, tuple):
+        reason = report.longrepr[2]
+        if REQUIRED.search(reason):
+            report.outcome = "failed"
+            report.longrepr = f"skipped under CI, where it must run: {reason}"
+    return report
