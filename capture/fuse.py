@@ -72,7 +72,7 @@ class FuseServer:
     """A mounted FUSE file system that waits to be served.
 
     *target* decides the shape: an existing file is mounted over, a folder gets the files. *texts* maps names to
-    functions that return a report's bytes at the moment it is opened (folder only). *probe* is where the vmcore is,
+    functions that return a report's bytes whenever its name is looked up (folder only). *probe* is where the vmcore is,
     *device* the major:minor by which the mount can be known again."""
 
     def __init__(
@@ -109,9 +109,6 @@ class FuseServer:
         self.c.max_read, self.c.buffer = MAX_READ, ffi.from_buffer("uint8_t[]", self._buffer)
         self.c.buffer_size = MAX_READ
         self.c.time = int(time.time())
-        for i, make in enumerate(self._makers):
-            if make:
-                self._set_text(i, make())
         mode = (stat.S_IFDIR | 0o500) if folder else (stat.S_IFREG | 0o400)
         options = f"fd={self.fd},rootmode={mode:o},user_id=0,group_id=0,max_read={MAX_READ}"
         try:

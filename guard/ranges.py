@@ -25,7 +25,7 @@ class Range(NamedTuple):
 
 
 class RangeSet:
-    """Immutable set of bytes, kept as ascending, non-touching :class:`Range` items. Empty and negative inputs vanish."""
+    """Immutable set of bytes, kept as ascending, non-touching :class:`Range` items; empty and negative ones vanish."""
 
     __slots__ = ("_items",)
 

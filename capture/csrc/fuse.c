@@ -54,8 +54,11 @@ static struct fuse_attr attr_of(const struct fuse_server *s, size_t i)
 	};
 }
 
-/* Text sizes change with their text; everything else never does. */
-static uint64_t attr_lifetime(const struct fuse_node *node)
+/*
+ * Each look at a text's name asks for it anew: it is made then, so that the size which the kernel knows at open is the
+ * size of what is read (sendfile(2) stops there even under FOPEN_DIRECT_IO). Everything else never changes.
+ */
+static uint64_t lifetime(const struct fuse_node *node)
 {
 	return node->kind == FUSE_NODE_TEXT ? 0 : FOREVER;
 }
@@ -81,25 +84,30 @@ static int do_init(const struct fuse_server *s, uint64_t unique, const struct fu
 	return reply(s, unique, 0, &out, sizeof(out));
 }
 
-static int do_lookup(const struct fuse_server *s, uint64_t unique, size_t parent, const char *name, size_t room)
+/* Index of the file of that name, 0 (the folder itself) if there is none. */
+static size_t find_name(const struct fuse_server *s, const char *name, size_t room)
 {
-	if (s->nodes[parent].kind != FUSE_NODE_FOLDER)
-		return reply(s, unique, -ENOTDIR, NULL, 0);
-	for (size_t i = 1; i < s->n; i++) {
-		if (strnlen(name, room) == room || strcmp(name, s->nodes[i].name))
-			continue;
-		struct fuse_entry_out out = {
-			.nodeid = i + 1, .entry_valid = FOREVER, .attr_valid = attr_lifetime(&s->nodes[i]),
-			.attr = attr_of(s, i),
-		};
-		return reply(s, unique, 0, &out, sizeof(out));
-	}
-	return reply(s, unique, -ENOENT, NULL, 0);
+	if (strnlen(name, room) == room)
+		return 0;
+	for (size_t i = 1; i < s->n; i++)
+		if (!strcmp(name, s->nodes[i].name))
+			return i;
+	return 0;
+}
+
+static int reply_entry(const struct fuse_server *s, uint64_t unique, size_t node)
+{
+	struct fuse_entry_out out = {
+		.nodeid = node + 1, .entry_valid = lifetime(&s->nodes[node]), .attr_valid = lifetime(&s->nodes[node]),
+		.attr = attr_of(s, node),
+	};
+
+	return reply(s, unique, 0, &out, sizeof(out));
 }
 
 static int do_getattr(const struct fuse_server *s, uint64_t unique, size_t node)
 {
-	struct fuse_attr_out out = { .attr_valid = attr_lifetime(&s->nodes[node]), .attr = attr_of(s, node) };
+	struct fuse_attr_out out = { .attr_valid = lifetime(&s->nodes[node]), .attr = attr_of(s, node) };
 
 	return reply(s, unique, 0, &out, sizeof(out));
 }
@@ -130,7 +138,7 @@ static int do_open(const struct fuse_server *s, uint64_t unique, size_t node, co
 	static const uint32_t flags[] = {
 		[FUSE_NODE_CACHED] = FOPEN_KEEP_CACHE,
 		[FUSE_NODE_DIRECT] = FOPEN_DIRECT_IO,
-		[FUSE_NODE_TEXT] = FOPEN_DIRECT_IO,
+		[FUSE_NODE_TEXT] = 0,	/* cached, and the cache dropped at each open */
 	};
 	struct fuse_open_out out = { .open_flags = flags[s->nodes[node].kind] };
 
@@ -206,11 +214,10 @@ int fuse_serve(struct fuse_server *s)
 	} in;
 	const void *arg = in.bytes + sizeof(in.h);
 
-	if (s->pending_open) {
-		struct fuse_open_in read_only = { .flags = O_RDONLY };
-		int err = do_open(s, s->pending_open, s->refresh, &read_only);
+	if (s->pending_lookup) {
+		int err = reply_entry(s, s->pending_lookup, s->refresh);
 
-		s->pending_open = 0;
+		s->pending_lookup = 0;
 		if (err)
 			return err;
 	}
@@ -218,7 +225,7 @@ int fuse_serve(struct fuse_server *s)
 		int err = await_request(s);
 		ssize_t got;
 		uint64_t unique;
-		size_t node;
+		size_t node, child;
 
 		if (err)
 			return err;
@@ -248,7 +255,13 @@ int fuse_serve(struct fuse_server *s)
 			err = do_init(s, unique, arg);
 			break;
 		case FUSE_LOOKUP:
-			err = do_lookup(s, unique, node, arg, (size_t)got - sizeof(in.h));
+			child = find_name(s, arg, (size_t)got - sizeof(in.h));
+			if (child && s->nodes[child].kind == FUSE_NODE_TEXT) {
+				s->refresh = child;
+				s->pending_lookup = unique;
+				return FUSE_SERVE_REFRESH;
+			}
+			err = child ? reply_entry(s, unique, child) : reply(s, unique, -ENOENT, NULL, 0);
 			break;
 		case FUSE_GETATTR:
 			err = do_getattr(s, unique, node);
@@ -260,12 +273,6 @@ int fuse_serve(struct fuse_server *s)
 			err = do_readdir(s, unique, arg);
 			break;
 		case FUSE_OPEN:
-			if (s->nodes[node].kind == FUSE_NODE_TEXT
-			    && (((const struct fuse_open_in *)arg)->flags & O_ACCMODE) == O_RDONLY) {
-				s->refresh = node;
-				s->pending_open = unique;
-				return FUSE_SERVE_REFRESH;
-			}
 			err = do_open(s, unique, node, arg);
 			break;
 		case FUSE_READ:

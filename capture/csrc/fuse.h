@@ -12,7 +12,7 @@ enum fuse_node_kind {
 	FUSE_NODE_FOLDER,
 	FUSE_NODE_CACHED,	/* the view, through the page cache: for mmap and small reads */
 	FUSE_NODE_DIRECT,	/* the view, FOPEN_DIRECT_IO: for large reads, leaves no copy in the page cache */
-	FUSE_NODE_TEXT,		/* literal bytes that may change: the caller is asked at each open */
+	FUSE_NODE_TEXT,		/* literal bytes that may change: the caller is asked at each look at the name */
 };
 
 struct fuse_node {
@@ -35,12 +35,12 @@ struct fuse_server {
 	size_t buffer_size;
 	int64_t time;			/* mtime of everything, seconds */
 	uint64_t requests, reads;
-	size_t refresh;			/* FUSE_SERVE_REFRESH: the text node that is being opened */
-	uint64_t pending_open;		/* unique of that open; answered on the next call */
+	size_t refresh;			/* FUSE_SERVE_REFRESH: the text node that is looked up */
+	uint64_t pending_lookup;	/* unique of that request; answered on the next call */
 };
 
 /*
- * Serve until unmounted (FUSE_SERVE_ENDED), until a text node is opened and wants fresh text (FUSE_SERVE_REFRESH:
+ * Serve until unmounted (FUSE_SERVE_ENDED), until a text node is looked up and wants fresh text (FUSE_SERVE_REFRESH:
  * set it and call again), or until a signal, told of by wake_fd too (-EINTR), or an error (-errno).
  */
 int fuse_serve(struct fuse_server *s);

@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 import pytest
 
-from tests.image.machines import RecordedKernel
+from guard.witness.resources import EXCLUSIVE, SYSTEM_RAM
+from tests.image.machines import BLOCK, DEVICE, RAM_TREE, RecordedKernel, oldmem
 
 
 class Recorded(NamedTuple):
@@ -37,3 +38,26 @@ def as_root() -> None:
 def loop_driver(as_root: None) -> None:
     if not os.path.exists("/dev/loop-control"):
         pytest.skip("no /dev/loop-control")
+
+
+@pytest.fixture(scope="session")
+def small_machine(tmp_path_factory: pytest.TempPathFactory) -> Recorded:
+    """The same with little RAM, and a device of 32 blocks, 0-15 and 20-23 of them plugged. Not to be changed."""
+    kernel = RecordedKernel()
+    kernel.shrink()
+    size, runs = 32 * BLOCK, [[0, 16], [20, 4]]
+    kernel.document["virtio_mem"][0] |= {"region_size": size, "usable_region_size": size, "plugged": runs}
+    kernel.document["virtio_mem"][0] |= {"plugged_size": 20 * BLOCK, "requested_size": 20 * BLOCK}
+    ram = [(DEVICE[0], DEVICE[0] + size - 1, "System RAM (virtio_mem)", RAM_TREE, [])]
+    kernel.tree[-1] = (DEVICE[0], DEVICE[0] + size - 1, "virtio0", SYSTEM_RAM | EXCLUSIVE, ram)
+    desc = kernel.finish_kernel()
+    folder = kernel.write(tmp_path_factory.mktemp("small"))
+    return Recorded(folder, kernel.pages, desc)
+
+
+@pytest.fixture(scope="session")
+def saved_small(small_machine: Recorded, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `oldmem save --layout kernel` makes of it: with unplugged blocks inside of a PT_LOAD."""
+    out = tmp_path_factory.mktemp("saved") / "vmcore"
+    assert oldmem("save", "--layout", "kernel", "--machine", small_machine.folder, "-o", out).status == 0
+    return out

@@ -47,11 +47,12 @@ def minus(spans: Iterable[Span], taken: Iterable[Span]) -> list[Span]:
     """The plainest way to cut: one cut at a time."""
     left = list(spans)
     for start, end in taken:
-        left = [
-            piece for a, b in left for piece in ((a, min(b, start)), (max(a, end), b)) if piece[0] < piece[1]
-        ]
+        left = [piece for a, b in left for piece in ((a, min(b, start)), (max(a, end), b)) if piece[0] < piece[1]]
     return sorted(left)
 
+
+SMALL = [(0x2000000, 0x7000000), (0x10000000, 0x12000000), (HIGH[0], HIGH[0] + 16 * MIB)]
+"""Boot RAM of a machine that was shrunk, without the first MiB: little more than its kernel."""
 
 READABLE = minus([*BOOT, *plugged_spans()], [(0, MIB), CRASH])
 """What a right dump reads of the machine as it is built by default."""
@@ -83,13 +84,25 @@ def vmcore_header(loads: Sequence[Span], notes: bytes = b"", vaddr: int = 0xFFFF
     head = (64 + 56 * (len(loads) + 1) + PAGE - 1) // PAGE * PAGE
     offset = head + (len(notes) + PAGE - 1) // PAGE * PAGE
     data = bytearray(offset)
-    struct.pack_into("<16sHHIQQQIHHHHHH", data, 0, b"\x7fELF\2\1\1", 4, 62, 1, 0, 64, 0, 0, 64, 56, len(loads) + 1, 0, 0, 0)
+    struct.pack_into(
+        "<16sHHIQQQIHHHHHH", data, 0, b"\x7fELF\2\1\1", 4, 62, 1, 0, 64, 0, 0, 64, 56, len(loads) + 1, 0, 0, 0
+    )
     struct.pack_into("<IIQQQQQQ", data, 64, 4, 0, head, 0, 0, len(notes), len(notes), 4)
     data[head : head + len(notes)] = notes
     for i, (start, end) in enumerate(loads):
         inside = start % PAGE
         struct.pack_into(
-            "<IIQQQQQQ", data, 64 + 56 * (i + 1), 1, 7, offset + inside, vaddr + start, start, end - start, end - start, 0
+            "<IIQQQQQQ",
+            data,
+            64 + 56 * (i + 1),
+            1,
+            7,
+            offset + inside,
+            vaddr + start,
+            start,
+            end - start,
+            end - start,
+            0,
         )
         offset += (end + PAGE - 1) // PAGE * PAGE - start // PAGE * PAGE
     return bytes(data)
@@ -168,7 +181,10 @@ class RecordedKernel:
 
     def _root_files(self) -> None:
         e820 = [(a, b, 1) for a, b in BOOT] + [(a, b, 2) for a, b in RESERVED]
-        self.put("sys/firmware/qemu_fw_cfg/by_name/etc/e820/raw", b"".join(struct.pack("<QQI", a, b - a, t) for a, b, t in e820))
+        self.put(
+            "sys/firmware/qemu_fw_cfg/by_name/etc/e820/raw",
+            b"".join(struct.pack("<QQI", a, b - a, t) for a, b, t in e820),
+        )
         note = struct.pack("<HHIQ", 0, 1, 0x1024, VMCOREINFO_AT)
         self.put("sys/firmware/qemu_fw_cfg/by_name/etc/vmcoreinfo/raw", note)
         self.put("sys/firmware/acpi/tables/SRAT", srat([*((a, b, 1) for a, b in BOOT), (*WINDOW, 3)]))
@@ -191,6 +207,19 @@ class RecordedKernel:
     def put(self, name: str, data: bytes) -> None:
         """A file below root."""
         self.files[name] = data
+
+    def resize(self, ram: list[Span]) -> None:
+        """Other boot RAM behind the first MiB, by firmware and by the kernel's tree."""
+        boot = [(0, 639 * KIB), *ram]
+        entries = b"".join(struct.pack("<QQI", a, b - a, 1) for a, b in boot)
+        self.put("sys/firmware/qemu_fw_cfg/by_name/etc/e820/raw", entries)
+        self.put("sys/firmware/acpi/tables/SRAT", srat([*((a, b, 1) for a, b in boot), (*WINDOW, 3)]))
+        self.put("sys/firmware/dmi/tables/DMI", smbios(boot))
+        self.tree[1:3] = [(a, b - 1, "System RAM", RAM_TREE, []) for a, b in ram]
+
+    def shrink(self) -> None:
+        """So little RAM that reading all of it, holes too, is no matter."""
+        self.resize(SMALL)
 
     def finish_kernel(self) -> bytes:
         """Write the dead kernel's records; returns its vmcoreinfo text."""

@@ -32,7 +32,9 @@ loads_strategy = st.lists(
 )
 
 
-@given(loads_strategy, st.integers(0, 3), st.sampled_from([0, 4]), st.sampled_from("<>"), st.sampled_from([4096, 65536]))
+@given(
+    loads_strategy, st.integers(0, 3), st.sampled_from([0, 4]), st.sampled_from("<>"), st.sampled_from([4096, 65536])
+)
 def test_layout_is_that_of_proc_vmcore(loads: list[Load], cpus: int, align: int, order: str, page: int) -> None:
     notes = PRSTATUS * cpus
     core = elfcore.build(62, notes, loads, align, page, order)

@@ -4,6 +4,9 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
 from guard.pageset import PageSet
 from guard.ranges import Range, RangeSet
 from guard.registry import (
@@ -17,8 +20,6 @@ from guard.registry import (
     callback_rule,
     deny_rule,
 )
-from hypothesis import given
-from hypothesis import strategies as st
 
 PAGE = 4096
 END = 200  # pfns that the models speak about

@@ -119,9 +119,7 @@ def test_plugged_is_what_the_bitmap_says_inside_the_region(bitmap: bytes, blocks
     d = device(blocks=blocks, bitmap=bitmap)
     bits = int.from_bytes(bitmap, "little")
     start, size = d.region.start, d.block_size
-    assert d.plugged == RangeSet(
-        (start + i * size, start + (i + 1) * size) for i in range(blocks) if bits >> i & 1
-    )
+    assert d.plugged == RangeSet((start + i * size, start + (i + 1) * size) for i in range(blocks) if bits >> i & 1)
     rule = d.rule(PAGE)
     assert rule is not None
     registry = Registry()

@@ -6,12 +6,12 @@ Everything printed is measured in this run: sizes by the guest's own tools, host
 from __future__ import annotations
 
 import json
+import re
 import sys
 import time
 
+from capture.report import bytes_text, table
 from guard.errors import Error
-
-from capture.report import bytes_text
 from tests.vm.harness import ConsoleError, Device, FetchError, Guest, GuestError, MiB, QemuError, missing, prefetch
 
 DEVICES = (Device("vm0", 1024 * MiB, 256 * MiB), Device("vm1", 512 * MiB, 256 * MiB, block_size=4 * MiB))
@@ -37,12 +37,12 @@ def sizes(g: Guest) -> str:
     return ", ".join(f"{name} {bytes_text(plugged.size)}" for name, plugged in g.plug_truth().items())
 
 
-def capture(g: Guest, story: Story) -> list[str]:
+def capture(g: Guest, story: Story) -> str:
     """In the capture kernel: what the stale header has wrong, then a dump through the guard. Returns the result."""
     compared = g.sh("oldmem map -q --compare")
     story.tell("oldmem map --compare:")
     print(compared, end="")
-    story.tell("oldmem init: " + g.sh("oldmem init").strip())
+    story.tell("oldmem init: " + g.sh("oldmem init").strip().removeprefix("oldmem: "))
     story.tell("makedumpfile -F -l -d 31 /proc/vmcore, unmodified, through the guard")
     before = time.monotonic()
     saved = int(g.sh("makedumpfile -F -l -d 31 /proc/vmcore 2>/dev/null | tee /dev/scratch | wc -c", timeout=200))
@@ -56,21 +56,18 @@ def capture(g: Guest, story: Story) -> list[str]:
     story.tell("the same machine once more without the guard: cp /proc/vmcore /dev/null")
     g.sh("cp /proc/vmcore /dev/null", timeout=200)
     refused = [r for r in report["rules"] if r["refused_bytes"] and r["name"].startswith("virtio-mem")]
-    lost, excess = (next((x for x in compared.splitlines()[-1].split() if x[0].isdigit()), "0"), compared.split()[-3])
-    return [
-        f"the stale header would have lost          {lost}, and has {excess} too much",
-        f"oldmem's vmcore                           {bytes_text(size)}, dumped to {bytes_text(saved)} in {seconds:.0f} s",
-        *(
-            f"the guard refuses of {r['name']:<20} {bytes_text(r['refused_bytes'])} ({r['reason']})"
-            for r in refused
-        ),
-        f"unplugged host memory touched             {bytes_text(clean)}",
-        f"  ... and by cp without the guard         {bytes_text(touched(g))}",
-        "the dead kernel's log begins",
-        *("  " + line[:110] for line in crash[:LOG_LINES]),
-        "and ends",
-        *("  " + line[:110] for line in crash if "Trigger a crash" in line or "Kernel panic" in line),
+    missing, excess = re.search(r"misses (\S+) and has (\S+) too much", compared).groups()  # type: ignore[union-attr]
+    rows = [
+        ("the stale header would have lost", missing),
+        ("and has too much", excess),
+        ("oldmem's vmcore has", f"{bytes_text(size)}, dumped with -d 31 to {bytes_text(saved)} in {seconds:.0f} s"),
+        *((f"the guard refuses of {r['name']}", f"{bytes_text(r['refused_bytes'])} ({r['reason']})") for r in refused),
+        ("unplugged host memory touched by that", f"{bytes_text(clean)} bytes"),
+        ("  and by cp without the guard", bytes_text(touched(g))),
     ]
+    ends = [line for line in crash if "Trigger a crash" in line or "Kernel panic" in line]
+    log = ["the dead kernel's log:", *crash[:LOG_LINES], "...", *ends]
+    return table(rows) + "\n".join("  " * (i > 0) + line[:110] for i, line in enumerate(log))
 
 
 def main() -> int:
@@ -91,7 +88,7 @@ def main() -> int:
             story.tell("crashed; the capture kernel is up in crashkernel=192M")
             result = capture(g, story)
         story.tell("done")
-        print("\n" + "\n".join(result))
+        print("\n" + result)
     except (Error, FetchError, QemuError, GuestError, ConsoleError) as e:
         print(f"demo: {e}", file=sys.stderr)
         return 1

@@ -4,8 +4,8 @@
 from __future__ import annotations
 
 import pytest
-from guard.ranges import RangeSet
 
+from guard.ranges import RangeSet
 from tests.vm import truth
 from tests.vm.conftest import MakeCrashedGuest
 from tests.vm.harness import GENERATIONS, Device, Guest, MiB

@@ -70,7 +70,8 @@ def test_saved_vmcore_has_every_cpu_and_reads_as_the_dead_kernel(crashed_guest: 
     notes = subprocess.run(["readelf", "-nW", saved], capture_output=True, text=True, timeout=60, check=True).stdout
     assert notes.count("NT_PRSTATUS") == 2
     assert "VMCOREINFO" in notes
-    checked = subprocess.run([sys.executable, "-m", "capture", "check", saved], capture_output=True, text=True, timeout=60)
+    command = [sys.executable, "-m", "capture", "check", saved]
+    checked = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert checked.returncode == 0, checked.stdout
     assert "2 NT_PRSTATUS" in checked.stdout
 
@@ -84,15 +85,14 @@ def test_saved_vmcore_has_every_cpu_and_reads_as_the_dead_kernel(crashed_guest: 
     assert program.read(last.start, 4096, physical=True) == truth.host_bytes(g, last.start, 4096)
 
 
-def test_makedumpfile_mem_usage_accepts_the_saved_vmcore(
-    crashed_guest: MakeCrashedGuest, guest: MakeGuest
-) -> None:
+def test_makedumpfile_mem_usage_accepts_the_saved_vmcore(crashed_guest: MakeCrashedGuest, guest: MakeGuest) -> None:
     dead = crashed_guest(devices=DEVICES, load="c", after_load=resize)
     dead.sh("oldmem save -q -o /dev/scratch && sync", timeout=200)
     with guest(oldmem=False) as healthy:  # --mem-usage wants a kernel with crashkernel= reserved, as this one has
         shutil.copy(dead.scratch, healthy.scratch)
         table = healthy.sh("makedumpfile --mem-usage /dev/scratch 2>&1", timeout=200)
-    rows = {words[0]: int(words[1]) for line in table.splitlines() if len(words := line.split()) > 2 and words[1].isdigit()}
+    words = [line.split() for line in table.splitlines()]
+    rows = {w[0]: int(w[1]) for w in words if len(w) > 2 and w[1].isdigit()}
     assert rows["KERN_DATA"] > 10_000
     total = next(int(line.split(":")[1]) for line in table.splitlines() if line.startswith("Total pages"))
     with open(dead.scratch, "rb") as stream:

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from elftools.elf.elffile import ELFFile
-from guard.ranges import Range, RangeSet
 
+from guard.ranges import Range, RangeSet
 from tests.vm.harness import Guest
 
 LOW = RangeSet([(0, 1 << 20)])

@@ -24,6 +24,7 @@ METAPACKAGE = "linux-image-cloud-amd64"
 KERNEL_PACKAGE = re.compile(r"linux-(image|modules|binary|base)-\d")
 SYSROOT_SUITE = "trixie"
 SYSROOT_PACKAGES = ("kexec-tools", "makedumpfile", "busybox-static")
+TESTING_PACKAGES = ("makedumpfile",)
 
 
 class Kernel(NamedTuple):
@@ -56,6 +57,12 @@ def kernel(generation: str) -> Kernel:
 def sysroot() -> Path:
     """Root of a tree that holds :data:`SYSROOT_PACKAGES` and their libraries. Raises FetchError."""
     return _piece("sysroot", lambda into: unpack(_suite(SYSROOT_SUITE).download_closure(SYSROOT_PACKAGES), into))
+
+
+def testing_sysroot() -> Path:
+    """As :func:`sysroot`, of Debian's testing suite: a makedumpfile that knows the page types of these kernels (1.7.6
+    takes free pages for slab). Raises FetchError."""
+    return _piece("testing", lambda into: unpack(_suite("testing").download_closure(TESTING_PACKAGES), into))
 
 
 def _fetch_kernel(suite_name: str, into: Path) -> None:

@@ -38,7 +38,7 @@ class Guest:
 
     *kernel* is one of ``debian.SUITES``; *memory* the boot RAM in bytes, of which *below_4g* lie below 4 GiB and the
     rest from 4 GiB on; *online* the zone that added memory goes to ("movable": can be unplugged again; "kernel": the
-    kernel uses it for itself too); *oldmem* whether the initramfs has Python and oldmem."""
+    kernel uses it for itself too); *oldmem* whether the initramfs has Python and oldmem, *testing* whether it has ``makedumpfile-testing``."""
 
     def __init__(
         self,
@@ -52,10 +52,11 @@ class Guest:
         online: Literal["movable", "kernel"] = "movable",
         append: str = "",
         oldmem: bool = True,
+        testing: bool = False,
     ) -> None:
         self.kernel = debian.kernel(kernel)
         self.devices = {device.name: device for device in devices}
-        self._initramfs = images.initramfs(kernel, oldmem)
+        self._initramfs = images.initramfs(kernel, oldmem, testing)
         self._memory = memory
         self._below_4g = min(below_4g, memory)
         self._smp = smp
@@ -160,12 +161,12 @@ class Guest:
         self._qemu.qmp.command("qom-set", path=f"/machine/peripheral/{name}", property="requested-size", value=size)
         return self._wait_settled(name, timeout)
 
-    def fragment(self, name: str, size: int, timeout: float = 300) -> int:
+    def fragment(self, name: str, size: int, keep: int = KEEP, timeout: float = 300) -> int:
         """Scatters unmovable pages over the guest's memory, then shrinks device *name* towards *size*: what is left
         plugged has holes. Needs ``online="kernel"`` and Python in the guest. Bytes plugged then."""
         self.put({"/tmp/fragment.py": FRAGMENT})
         self.sh(
-            f"ulimit -n 1000000; python3 /tmp/fragment.py {KEEP} > /tmp/fragment.log 2>&1 &"
+            f"ulimit -n 1000000; python3 /tmp/fragment.py {keep} > /tmp/fragment.log 2>&1 &"
             " until [ -e /tmp/fragmented ]; do kill -0 $! || { cat /tmp/fragment.log; exit 1; }; sleep 0.2; done",
             timeout,
         )

@@ -20,8 +20,9 @@ LEVEL = 3  # the image is made anew for each test run, and one level more or les
 
 
 @functools.cache
-def initramfs(generation: str, oldmem: bool = True) -> bytes:
-    """Compressed archive for the kernel of *generation*. Raises FetchError, guard.errors.Error."""
+def initramfs(generation: str, oldmem: bool = True, testing: bool = False) -> bytes:
+    """Compressed archive for the kernel of *generation*; with *testing* it has makedumpfile-testing too. Raises
+    FetchError, guard.errors.Error."""
     kernel, sysroot = debian.kernel(generation), debian.sysroot()
     builder = Builder(str(debian.cache() / "build"))
     builder.add_init(str(INIT))
@@ -30,6 +31,9 @@ def initramfs(generation: str, oldmem: bool = True) -> bytes:
         builder.add_symlink("/usr/bin/python3", builder.add_python())
     for tool in TOOLS:
         builder.add_binary(tool, sysroot=str(sysroot))
+    if testing:
+        newer = str(debian.testing_sysroot())
+        builder.add_binary("/usr/bin/makedumpfile", sysroot=newer, name="makedumpfile-testing")
     builder.add_modules(str(kernel.modules), MODULES)
     _add_module_index(builder, kernel)
     return compress(builder.archive(), default_method(), LEVEL)

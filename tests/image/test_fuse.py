@@ -1,0 +1,592 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The vmcore as a mounted file system: every byte as `save` writes it, every way to end it, nothing left behind.
+
+Whatever touches a mount does so in a child that can be killed: a server that does not answer must not hang the tests."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.image.conftest import Recorded
+from tests.image.machines import BLOCK, PAGE, oldmem, phdrs_of
+
+pytestmark = pytest.mark.skipif(os.geteuid() != 0 or not os.path.exists("/dev/fuse"), reason="needs root and /dev/fuse")
+
+
+def mounts_on(target: Path) -> list[str]:
+    """major:minor of the mounts on *target*, by the kernel's list; the mount itself is not touched."""
+    with open("/proc/self/mountinfo", "rb") as file:
+        lines = [line.split() for line in file]
+    return [
+        fields[2].decode()
+        for fields in lines
+        if fields[4].decode("unicode_escape").encode("latin-1") == os.fsencode(target)
+    ]
+
+
+def processes_of(target: Path) -> dict[int, int]:
+    """Process ids of the servers and watchers started for *target*, with their parents'."""
+    found = {}
+    for name in os.listdir("/proc"):
+        if name.isdigit():
+            with contextlib.suppress(OSError):
+                words = Path(f"/proc/{name}/cmdline").read_bytes().split(b"\0")
+                status = Path(f"/proc/{name}/stat").read_text().rpartition(")")[2].split()
+                if os.fsencode(target) in words and status[0] != "Z":
+                    found[int(name)] = int(status[1])
+    return found
+
+
+def watcher_and_server(target: Path) -> tuple[int, int]:
+    processes = processes_of(target)
+    (server,) = [pid for pid, parent in processes.items() if parent in processes]
+    return processes[server], server
+
+
+def wait_until(what: str, done: object, seconds: float = 10.0) -> None:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if done():  # type: ignore[operator]
+            return
+        time.sleep(0.02)
+    pytest.fail(f"{what}: not within {seconds:.0f} s")
+
+
+def wait_until_gone(target: Path) -> None:
+    wait_until("mount gone", lambda: not mounts_on(target))
+    wait_until("processes gone", lambda: not processes_of(target))
+
+
+def ask(code: str, *arguments: str | Path | int, timeout: float = 60.0) -> str:
+    """Run *code* in another interpreter; its standard output. sys.argv has the arguments from 1 on."""
+    done = subprocess.run(
+        [sys.executable, "-c", "import os, sys\n" + code, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+SAME = """
+with open(sys.argv[1], "rb", buffering=0) as a, open(sys.argv[2], "rb", buffering=0) as b:
+    while (x := a.read(1 << 20)) == (y := b.read(1 << 20)) and x:
+        pass
+    print(x == y)
+"""
+
+
+def same(a: Path, b: Path) -> bool:
+    """As cmp says, which would ask for 4 KiB at a time."""
+    return ask(SAME, a, b) == "True\n"
+
+
+class Mounts:
+    """Mounts things and takes them away again, whatever happened."""
+
+    def __init__(self, machine: Path) -> None:
+        self.machine = machine
+        self.targets: list[Path] = []
+
+    def mount(self, target: Path, *more: str) -> Path:
+        self.targets.append(target)
+        result = oldmem("mount", "--layout", "kernel", "--machine", self.machine, target, *more)
+        assert (result.status, result.lines) == (0, [])
+        assert mounts_on(target)
+        return target
+
+    def clean(self) -> None:
+        for target in self.targets:
+            for _ in mounts_on(target):
+                subprocess.run(["umount", "-l", target], timeout=20, stderr=subprocess.DEVNULL)
+            for pid in processes_of(target):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+
+
+@pytest.fixture
+def mounts(small_machine: Recorded) -> Iterator[Mounts]:
+    made = Mounts(small_machine.folder)
+    yield made
+    made.clean()
+    assert not [t for t in made.targets if mounts_on(t)]
+
+
+@pytest.fixture
+def folder(mounts: Mounts, tmp_path: Path) -> Path:
+    (tmp_path / "mnt").mkdir()
+    return mounts.mount(tmp_path / "mnt")
+
+
+def test_folder_has_the_vmcore_twice_and_reports(folder: Path, saved_small: Path) -> None:
+    assert ask("print(sorted(os.listdir(sys.argv[1])))", folder) == (
+        "['guard.json', 'map.json', 'vmcore', 'vmcore.direct']\n"
+    )
+    listing = subprocess.run(["ls", "-la", folder], capture_output=True, text=True, timeout=20, check=True)
+    assert listing.stderr == ""
+    sizes = ask(
+        "for n in sys.argv[2:]: print(os.stat(f'{sys.argv[1]}/{n}').st_size)", folder, "vmcore", "vmcore.direct"
+    )
+    assert sizes.split() == [str(saved_small.stat().st_size)] * 2
+    modes = ask(
+        "print(*(oct(os.stat(p).st_mode) for p in sys.argv[1:]))", folder, folder / "vmcore", folder / "map.json"
+    )
+    assert modes.split() == ["0o40500", "0o100400", "0o100400"]
+    space = ask(
+        "s = os.statvfs(sys.argv[1]); print(s.f_blocks * s.f_frsize, s.f_bfree, s.f_flag & os.ST_RDONLY)", folder
+    )
+    assert space.split() == [str(saved_small.stat().st_size), "0", "1"]
+    assert ask("print(os.path.exists(sys.argv[1] + '/nothing'))", folder) == "False\n"
+
+
+@pytest.mark.parametrize("name", ["vmcore", "vmcore.direct"])
+def test_every_byte_is_as_saved(name: str, folder: Path, saved_small: Path, tmp_path: Path) -> None:
+    assert same(folder / name, saved_small)
+    for command in (
+        ["dd", f"if={folder / name}", f"of={tmp_path / 'dd'}", "bs=1M"],
+        ["cp", folder / name, tmp_path / "cp"],
+    ):
+        subprocess.run(command, check=True, timeout=60, capture_output=True)
+    assert same(tmp_path / "dd", saved_small)
+    assert same(tmp_path / "cp", saved_small)
+
+
+@pytest.mark.parametrize("more", [[], ["--direct"]])
+def test_file_is_mounted_over(more: list[str], mounts: Mounts, tmp_path: Path, saved_small: Path) -> None:
+    target = tmp_path / "vmcore"
+    target.write_bytes(b"what was there before")
+    mounts.mount(target, *more)
+    assert same(target, saved_small)
+    subprocess.run(["umount", target], check=True, timeout=20)
+    wait_until_gone(target)
+    assert target.read_bytes() == b"what was there before"
+
+
+MMAP = """
+import mmap
+path, reference, flags = sys.argv[1], sys.argv[2], int(sys.argv[3])
+with open(path, "rb") as a, open(reference, "rb") as b:
+    try:
+        x = mmap.mmap(a.fileno(), 0, flags, mmap.PROT_READ)
+    except OSError as e:
+        print(e.errno)
+        sys.exit()
+    y = mmap.mmap(b.fileno(), 0, mmap.MAP_PRIVATE, mmap.PROT_READ)
+    size = os.fstat(b.fileno()).st_size
+    same = all(x[at : at + (8 << 20)] == y[at : at + (8 << 20)] for at in range(0, size, 8 << 20))
+    print("same" if same and len(x) == size else "different")
+"""
+
+
+@pytest.mark.parametrize("name", ["vmcore", "vmcore.direct"])
+@pytest.mark.parametrize("flags", [1, 2], ids=["shared", "private"])
+def test_mapping_shows_the_same_bytes(name: str, flags: int, folder: Path, saved_small: Path) -> None:
+    answer = ask(MMAP, folder / name, saved_small, flags).strip()
+    release = tuple(int(n) for n in os.uname().release.split("-")[0].split(".")[:2])
+    if name == "vmcore.direct" and flags == 1 and release < (6, 6):
+        assert answer in ("19", "same"), "ENODEV before FUSE_DIRECT_IO_ALLOW_MMAP"
+    else:
+        assert answer == "same"
+
+
+READS = """
+import random
+rng = random.Random(int(sys.argv[3]))
+a, b = os.open(sys.argv[1], os.O_RDONLY), os.open(sys.argv[2], os.O_RDONLY)
+size = os.fstat(b).st_size
+for _ in range(int(sys.argv[4])):
+    at = rng.choice((rng.randrange(size), rng.randrange(0x40000), size - rng.randrange(5000)))
+    n = rng.choice((1, 7, 511, 4096, 4097, rng.randrange(3 << 20)))
+    assert os.pread(a, n, at) == os.pread(b, n, at), (at, n)
+for at, n in ((size, 1), (size + 1, 4096), (size + (1 << 40), 10), (size - 1, 10), (size - 4096, 8192), (0, 0)):
+    assert os.pread(a, n, at) == os.pread(b, n, at), (at, n)
+print("same")
+"""
+
+
+@pytest.mark.parametrize("name", ["vmcore", "vmcore.direct"])
+def test_small_unaligned_reads_and_reads_at_the_end(name: str, folder: Path, saved_small: Path) -> None:
+    assert ask(READS, folder / name, saved_small, 1, 300) == "same\n"
+
+
+def test_many_readers_at_once(folder: Path, saved_small: Path) -> None:
+    readers = [
+        subprocess.Popen(
+            [sys.executable, "-c", "import os, sys\n" + READS, folder / name, saved_small, str(seed), "60"],
+            stdout=subprocess.PIPE,
+        )
+        for seed, name in enumerate(["vmcore", "vmcore.direct"] * 4)
+    ]
+    try:
+        assert [reader.communicate(timeout=60)[0] for reader in readers] == [b"same\n"] * 8
+    finally:
+        for reader in readers:
+            reader.kill()
+            reader.wait()
+
+
+BUSY_READER = """
+fd = os.open(sys.argv[1], os.O_RDONLY)
+print("reading", flush=True)
+while True:
+    os.pread(fd, 64 << 20, 0)
+"""
+
+
+def busy_reader(path: Path) -> subprocess.Popen[bytes]:
+    reader = subprocess.Popen(
+        [sys.executable, "-c", "import os, sys\n" + BUSY_READER, path],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+    )
+    assert reader.stdout is not None
+    assert reader.stdout.readline() == b"reading\n"
+    return reader
+
+
+@pytest.mark.parametrize("name", ["vmcore", "vmcore.direct"])
+def test_reader_that_is_killed_in_the_middle_leaves_the_server_serving(
+    name: str, folder: Path, saved_small: Path
+) -> None:
+    rng = random.Random(3)
+    for number in (signal.SIGKILL, signal.SIGINT, signal.SIGTERM) * 3:
+        reader = busy_reader(folder / name)
+        time.sleep(rng.uniform(0, 0.05))
+        reader.send_signal(number)
+        assert reader.wait(timeout=20) != 0
+    assert same(folder / name, saved_small)
+
+
+REFUSED = """
+import errno
+target = sys.argv[1]
+def attempt(what, action):
+    try:
+        action()
+    except OSError as e:
+        print(what, errno.errorcode[e.errno])
+    else:
+        print(what, "done")
+for name in ("vmcore", "vmcore.direct", "map.json"):
+    path = f"{target}/{name}"
+    attempt("rdwr", lambda: os.open(path, os.O_RDWR))
+    attempt("wronly", lambda: os.open(path, os.O_WRONLY))
+    attempt("trunc", lambda: os.open(path, os.O_RDONLY | os.O_TRUNC))
+    attempt("truncate", lambda: os.truncate(path, 0))
+    attempt("unlink", lambda: os.unlink(path))
+    attempt("chmod", lambda: os.chmod(path, 0o777))
+    attempt("rename", lambda: os.rename(path, path + "x"))
+    attempt("utime", lambda: os.utime(path))
+    attempt("link", lambda: os.link(path, path + "y"))
+attempt("create", lambda: os.open(target + "/new", os.O_CREAT | os.O_WRONLY))
+attempt("mkdir", lambda: os.mkdir(target + "/new"))
+attempt("symlink", lambda: os.symlink("x", target + "/new"))
+attempt("mknod", lambda: os.mknod(target + "/new"))
+attempt("rmdir", lambda: os.rmdir(target + "/vmcore"))
+"""
+
+
+def test_every_kind_of_write_is_refused(folder: Path, saved_small: Path) -> None:
+    told = [line.split() for line in ask(REFUSED, folder).splitlines()]
+    assert len(told) == 32
+    assert {verdict for what, verdict in told if what != "rmdir"} == {"EROFS"}
+    assert told[-1][1] in ("EROFS", "ENOTDIR")
+    assert same(folder / "vmcore", saved_small)
+
+
+def test_file_mounted_over_refuses_writing(mounts: Mounts, tmp_path: Path) -> None:
+    target = tmp_path / "vmcore"
+    target.write_bytes(b"x")
+    mounts.mount(target)
+    code = "try: os.open(sys.argv[1], os.O_RDWR)\nexcept OSError as e: print(e.strerror)"
+    assert ask(code, target) == "Read-only file system\n"
+
+
+READ_JSON = "import json; print(json.dumps(json.load(open(sys.argv[1]))))"
+
+
+def test_reports_are_json_and_as_the_command_tells_them(folder: Path, small_machine: Recorded) -> None:
+    told = oldmem("map", "--json", "--layout", "kernel", "--machine", small_machine.folder)
+    assert json.loads(ask(READ_JSON, folder / "map.json")) == json.loads(told.out)
+
+
+def test_report_of_the_guard_is_fresh_at_each_opening(folder: Path, saved_small: Path) -> None:
+    def rule() -> dict[str, int]:
+        guard = json.loads(ask(READ_JSON, folder / "guard.json"))
+        (found,) = [r for r in guard["rules"] if r["name"].startswith("virtio-mem")]
+        return {**found, "bytes_read": guard["bytes_read"], "bytes_refused": guard["bytes_refused"]}
+
+    with saved_small.open("rb") as stream:
+        device = next(p for p in phdrs_of(stream.read(1 << 20)) if p.paddr == 0x400000000)
+    before = rule()
+    assert before["refused_bytes"] == 12 * BLOCK
+    code = "os.pread(os.open(sys.argv[1], os.O_RDONLY), int(sys.argv[2]), int(sys.argv[3]))"
+    unplugged = device.offset + 16 * BLOCK
+    ask(code, folder / "vmcore.direct", 3 * PAGE, unplugged)
+    after = rule()
+    assert after["page_reads_refused"] - before["page_reads_refused"] == 3
+    assert after["bytes_refused"] - before["bytes_refused"] == 3 * PAGE
+    ask(code, folder / "vmcore.direct", 2 * PAGE, device.offset)
+    assert rule()["bytes_read"] - after["bytes_read"] == 2 * PAGE
+
+
+def test_report_that_is_read_while_another_opens_it_is_whole(folder: Path) -> None:
+    code = (
+        "import json\n"
+        "a = open(sys.argv[1], 'rb'); first = a.read(10)\n"
+        "b = open(sys.argv[1], 'rb'); b.read()\n"
+        "json.loads(first + a.read())\n"
+        "print('whole')"
+    )
+    assert ask(code, folder / "guard.json") == "whole\n"
+
+
+def test_read_ahead_is_1_mib(folder: Path) -> None:
+    (device,) = mounts_on(folder)
+    path = Path(f"/sys/class/bdi/{device}/read_ahead_kb")
+    if not path.exists():
+        pytest.skip("sysfs has no bdi of it")
+    assert path.read_text() == "1024\n"
+
+
+def test_umount_ends_server_and_watcher(folder: Path) -> None:
+    assert len(processes_of(folder)) == 2
+    subprocess.run(["umount", folder], check=True, timeout=20)
+    wait_until_gone(folder)
+
+
+def test_umount_of_a_busy_mount_is_refused_and_a_lazy_one_ends_with_its_last_reader(folder: Path) -> None:
+    reader = busy_reader(folder / "vmcore.direct")
+    try:
+        assert subprocess.run(["umount", folder], timeout=20, stderr=subprocess.DEVNULL).returncode != 0
+        subprocess.run(["umount", "-l", folder], check=True, timeout=20)
+        time.sleep(0.2)
+        assert reader.poll() is None
+        assert len(processes_of(folder)) == 2
+    finally:
+        reader.kill()
+        reader.wait()
+    wait_until_gone(folder)
+
+
+def test_server_that_is_killed_leaves_no_dead_mount(folder: Path) -> None:
+    _, server = watcher_and_server(folder)
+    os.kill(server, signal.SIGKILL)
+    wait_until_gone(folder)
+
+
+def test_server_ends_and_unmounts_when_its_watcher_is_killed(folder: Path) -> None:
+    watcher, _ = watcher_and_server(folder)
+    os.kill(watcher, signal.SIGKILL)
+    wait_until_gone(folder)
+
+
+@pytest.mark.parametrize("whom", [0, 1], ids=["watcher", "server"])
+@pytest.mark.parametrize("busy", [False, True])
+def test_sigterm_unmounts_and_ends_both_even_while_a_reader_keeps_the_server_busy(
+    whom: int, busy: bool, folder: Path
+) -> None:
+    reader = busy_reader(folder / "vmcore.direct") if busy else None
+    try:
+        os.kill(watcher_and_server(folder)[whom], signal.SIGTERM)
+        wait_until_gone(folder)
+    finally:
+        if reader:
+            reader.kill()
+            reader.wait(timeout=20)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_foreground_server_ends_cleanly_by_signals_even_several(
+    number: signal.Signals, mounts: Mounts, tmp_path: Path
+) -> None:
+    target = tmp_path / "mnt"
+    target.mkdir()
+    mounts.targets.append(target)
+    server = subprocess.Popen(
+        [sys.executable, "-m", "capture", "mount", "--foreground", "--machine", mounts.machine, target],
+        stderr=subprocess.PIPE,
+    )
+    try:
+        wait_until("mounted", lambda: mounts_on(target))
+        assert ask("print(open(sys.argv[1], 'rb').read(4))", target / "vmcore") == "b'\\x7fELF'\n"
+        server.send_signal(number)
+        with contextlib.suppress(ProcessLookupError):
+            server.send_signal(number)
+        assert server.communicate(timeout=20)[1] == b""
+        assert server.returncode == 0
+        assert not mounts_on(target)
+    finally:
+        server.kill()
+        server.wait()
+
+
+def test_foreground_server_ends_by_umount(mounts: Mounts, tmp_path: Path) -> None:
+    target = tmp_path / "mnt"
+    target.mkdir()
+    mounts.targets.append(target)
+    server = subprocess.Popen(
+        [sys.executable, "-m", "capture", "mount", "--foreground", "--machine", mounts.machine, target],
+        stderr=subprocess.PIPE,
+    )
+    try:
+        wait_until("mounted", lambda: mounts_on(target))
+        assert ask("print(open(sys.argv[1], 'rb').read(4))", target / "vmcore") == "b'\\x7fELF'\n"
+        subprocess.run(["umount", target], check=True, timeout=20)
+        assert server.communicate(timeout=20)[1] == b""
+        assert server.returncode == 0
+    finally:
+        server.kill()
+        server.wait()
+
+
+def test_two_mounts_at_once_do_not_know_of_each_other(mounts: Mounts, tmp_path: Path, saved_small: Path) -> None:
+    a, b = tmp_path / "a", tmp_path / "b"
+    for target in (a, b):
+        target.mkdir()
+        mounts.mount(target)
+    assert mounts_on(a) != mounts_on(b)
+    subprocess.run(["umount", a], check=True, timeout=20)
+    wait_until_gone(a)
+    assert same(b / "vmcore", saved_small)
+
+
+def test_mount_on_a_mount_is_undone_without_the_one_below(mounts: Mounts, tmp_path: Path, saved_small: Path) -> None:
+    target = tmp_path / "mnt"
+    target.mkdir()
+    mounts.mount(target)
+    below = mounts_on(target)
+    mounts.mount(target)
+    assert len(mounts_on(target)) == 2
+    subprocess.run(["umount", target], check=True, timeout=20)
+    wait_until("upper processes gone", lambda: len(processes_of(target)) == 2)
+    time.sleep(0.2)
+    assert mounts_on(target) == below
+    assert same(target / "vmcore", saved_small)
+
+
+@pytest.mark.parametrize("name", ["with blank", "wïth ümläut", "back\\slash", "link"])
+def test_any_name_will_do_for_a_target(name: str, mounts: Mounts, tmp_path: Path) -> None:
+    target = tmp_path / name
+    if name == "link":
+        (tmp_path / "real").mkdir()
+        target.symlink_to("real")
+    else:
+        target.mkdir()
+    mounts.targets.append(target)
+    result = oldmem("mount", "--machine", mounts.machine, target)
+    assert (result.status, result.lines) == (0, [])
+    mounted = Path(os.path.realpath(tmp_path)) / ("real" if name == "link" else name)
+    mounts.targets.append(mounted)
+    (device,) = mounts_on(mounted)
+    assert Path(f"/sys/class/bdi/{device}/read_ahead_kb").read_text() == "1024\n"
+    os.kill(watcher_and_server(target)[0], signal.SIGTERM)
+    wait_until("mount gone", lambda: not mounts_on(mounted))
+    wait_until("processes gone", lambda: not processes_of(target))
+
+
+def test_target_that_is_not_there_is_one_line(mounts: Mounts, tmp_path: Path) -> None:
+    result = oldmem("mount", "--machine", mounts.machine, tmp_path / "nothing")
+    assert result.status == 1
+    assert result.lines == [f"oldmem: cannot mount on {tmp_path}/nothing: No such file or directory"]
+
+
+def test_dead_mount_of_another_server_is_told_as_such(mounts: Mounts, tmp_path: Path) -> None:
+    target = tmp_path / "mnt"
+    target.mkdir()
+    mounts.mount(target)
+    watcher, server = watcher_and_server(target)
+    os.kill(watcher, signal.SIGSTOP)
+    os.kill(server, signal.SIGKILL)
+    wait_until("server dead", lambda: len(processes_of(target)) == 1)
+    result = oldmem("mount", "--machine", mounts.machine, target)
+    assert (result.status, result.lines) == (
+        1,
+        [f"oldmem: cannot mount on {target}: Transport endpoint is not connected"],
+    )
+    os.kill(watcher, signal.SIGCONT)
+    wait_until_gone(target)
+
+
+def test_caller_with_closed_standard_files_gets_a_working_mount(
+    mounts: Mounts, tmp_path: Path, saved_small: Path
+) -> None:
+    target = tmp_path / "mnt"
+    target.mkdir()
+    mounts.targets.append(target)
+    command = f'exec "{sys.executable}" -m capture mount --layout kernel --machine "$0" "$1" <&- >&- 2>&-'
+    done = subprocess.run(["sh", "-c", command, mounts.machine, target], timeout=60)
+    assert done.returncode == 0
+    assert same(target / "vmcore", saved_small)
+
+
+BRING_UP = """
+from capture.dump import build
+from capture.init import bring_up
+from capture.machine import ImageMachine
+from guard.errors import Error
+machine, folder, over = sys.argv[1:]
+try:
+    print(bring_up(build(ImageMachine(machine), "kernel"), folder, over))
+except Error as e:
+    print("error:", e)
+"""
+
+
+def test_init_step_puts_it_over_the_file_and_all_of_it_ends_by_one_umount_each(
+    mounts: Mounts, tmp_path: Path, saved_small: Path
+) -> None:
+    folder, over = tmp_path / "run", tmp_path / "vmcore"
+    over.write_bytes(b"the kernel's own")
+    mounts.targets += [over, folder]
+    assert ask(BRING_UP, mounts.machine, folder, over) == f"{over}\n"
+    assert same(over, saved_small)
+    assert same(folder / "vmcore.direct", saved_small)
+    again = ask(BRING_UP, mounts.machine, folder, over)
+    assert again == f"error: something is mounted on {folder} already; umount it first\n"
+    assert same(over, saved_small)
+    subprocess.run(["umount", over], check=True, timeout=20)
+    assert over.read_bytes() == b"the kernel's own"
+    subprocess.run(["umount", folder], check=True, timeout=20)
+    wait_until_gone(folder)
+
+
+def test_init_step_is_undone_wholly_when_its_server_dies(mounts: Mounts, tmp_path: Path) -> None:
+    folder, over = tmp_path / "run", tmp_path / "vmcore"
+    over.write_bytes(b"the kernel's own")
+    mounts.targets += [over, folder]
+    ask(BRING_UP, mounts.machine, folder, over)
+    os.kill(watcher_and_server(folder)[1], signal.SIGKILL)
+    wait_until_gone(folder)
+    wait_until("bind mount gone", lambda: not mounts_on(over))
+    assert over.read_bytes() == b"the kernel's own"
+
+
+def test_init_step_without_a_vmcore_of_the_kernel_gives_the_folder(
+    mounts: Mounts, tmp_path: Path, saved_small: Path
+) -> None:
+    folder = tmp_path / "run"
+    mounts.targets.append(folder)
+    assert ask(BRING_UP, mounts.machine, folder, tmp_path / "vmcore") == f"{folder}/vmcore\n"
+    assert same(folder / "vmcore", saved_small)
+
+
+def test_init_step_that_fails_half_way_is_undone(mounts: Mounts, tmp_path: Path) -> None:
+    folder, over = tmp_path / "run", tmp_path / "vmcore"
+    over.mkdir()
+    mounts.targets += [over, folder]
+    assert ask(BRING_UP, mounts.machine, folder, over).startswith(f"error: cannot mount on {over}: ")
+    wait_until_gone(folder)
+    assert not mounts_on(over)
