@@ -31,8 +31,8 @@ def _stop(_signal: int, _frame: object) -> None:
 def serve_until_stopped(server: FuseServer, undo: list[str]) -> None:
     """Serve in this process (its main thread) until unmounted, SIGTERM or SIGINT; then take the server's mounts on
     *undo* away, last one first."""
-    _, ring = os.pipe(); server.c.wake_fd = -1
-    for fd in (ring,):
+    server.c.wake_fd, ring = os.pipe()
+    for fd in (server.c.wake_fd, ring):
         os.set_blocking(fd, False)
     signal.set_wakeup_fd(ring, warn_on_full_buffer=False)
     try:

@@ -17,7 +17,6 @@ def check(path: str) -> tuple[list[str], list[str]]:
     """What is wrong with the vmcore at *path*, and what it has, as lines. Raises Error if it is no ELF core at all
     or pyelftools is not there."""
     try:
-        from elftools.common.exceptions import ELFError
         from elftools.elf.elffile import ELFFile
     except ImportError:
         raise Error("check needs pyelftools: pip install oldmem[check]") from None
@@ -32,8 +31,12 @@ def check(path: str) -> tuple[list[str], list[str]]:
             segments = list(elf.iter_segments())
             _check_segments(segments, size, wrong, has)
             _check_notes(segments, wrong, has)
-    except (OSError, ELFError, ValueError, KeyError) as e:
-        raise Error(f"{path}: {e if str(e) else 'ends within the ELF header'}") from None
+    except OSError as e:
+        raise Error(f"{path}: {e.strerror}") from None
+    except Error:
+        raise
+    except Exception as e:  # pyelftools checks little of what it reads: damage comes as an error of any kind
+        raise Error(f"{path}: {' '.join(str(e).split()) or 'ends within the ELF header'}") from None
     return wrong, has
 
 
@@ -55,6 +58,10 @@ def _check_segments(segments: Sequence[object], size: int, wrong: list[str], has
             )
         if h["p_type"] == "PT_LOAD" and h["p_offset"] == 0:
             wrong.append(f"program header {i}: p_offset 0 means 'not in the file' to makedumpfile and crash")
+    stored = sorted((h["p_offset"], h["p_offset"] + h["p_filesz"], i) for i, h in enumerate(headers) if h["p_filesz"])
+    for (_, end, i), (start, _, j) in pairwise(stored):
+        if start < end:
+            wrong.append(f"program headers {min(i, j)} and {max(i, j)} share the file from {start:#x} on")
     # kernel text overlaps the direct map's PT_LOAD on purpose; it comes first and is mapped elsewhere
     ram = sorted((h["p_paddr"], h["p_paddr"] + h["p_memsz"]) for h in loads if h["p_vaddr"] < 0xFFFFFFFF80000000)
     for (_, end), (start, _) in pairwise(ram):

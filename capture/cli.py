@@ -142,7 +142,7 @@ def cmd_mount(args: argparse.Namespace) -> int:
     except OSError as e:
         raise Error(f"cannot mount on {args.target}: {e.strerror}") from None
     dump = open_dump(args)
-    server = FuseServer(dump.vmcore, args.target, texts(dump), args.direct)  # type: ignore[arg-type]
+    server = FuseServer(dump.vmcore, args.target, texts(dump), args.direct)
     if args.foreground:
         serve_until_stopped(server, [server.target])
         return finished(dump)

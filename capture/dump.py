@@ -5,8 +5,8 @@ sources -> envelope and rules -> gated memory -> the dead kernel's records -> me
 
 from __future__ import annotations
 
-import warnings
-from itertools import pairwise
+from collections.abc import Iterator
+from itertools import islice, pairwise
 from typing import NamedTuple
 
 from capture import elfcore, memory_map, x86_64
@@ -19,7 +19,7 @@ from guard import procvmcore
 from guard.errors import Error, ReadError, SourceError, WitnessError
 from guard.physmem import ExactMemory, OldMemory, covered, layer, only
 from guard.ranges import Range, RangeSet
-from guard.registry import GuardWarning, Registry
+from guard.registry import Registry
 from guard.witness.dead_kernel import DeadKernel
 from guard.witness.memory import Problems
 from guard.witness.scan import scan
@@ -27,6 +27,9 @@ from guard.witness.vmcoreinfo import Vmcoreinfo, note_at
 
 CUT, KERNEL = "cut", "kernel"
 DYNAMIC, PRELOADED = "dynamic", "preloaded"
+
+# A header's PT_LOADs at most, as in the kernel's own (CRASH_MAX_MEMORY_RANGES): each costs memory in the capture kernel
+MAX_LOADS = 8192
 
 E820_RAM = 1  # arch/x86/include/asm/e820/types.h
 
@@ -113,7 +116,9 @@ class Dump:
                 return note_at(self.exact, paddr)
             except (WitnessError, ReadError) as e:
                 self.problems.note(f"VMCOREINFO note at {paddr:#x}, where it was said to be: {e}; searching for it")
-        searched = self.registry.ram(self.envelope.all & self.memory.covered)
+        # in boot RAM only: the kernel allocates the page of its note (crash_save_vmcoreinfo_init, a subsys_initcall)
+        # before any driver of hot-plugged memory starts
+        searched = self.registry.ram(self.envelope.boot & self.memory.covered)
         found = scan(self.exact, searched, self.machine.own_vmcoreinfo)
         if not found:
             self.problems.note(f"no VMCOREINFO note in {searched.size >> 20} MiB of old memory: no notes, no symbols")
@@ -147,9 +152,12 @@ class Dump:
         for device in self.machine.devices:
             if device.gated_by_kernel:
                 memory_map.install_kernel_gated(self.registry, device, self.system_ram, shown)
-            unknown = device.plugged - self.system_ram
-            if unknown and self.system_ram:
-                self.problems.note(f"{device.name}: {unknown} is plugged but was no System RAM of the dead kernel")
+            unused = sum(run.size for run in device.plugged_runs() if not self.system_ram.covers(*run))
+            if unused and self.system_ram:
+                self.problems.note(
+                    f"{device.name}: plugged runs of {unused:#x} bytes were not wholly System RAM of the dead kernel; "
+                    "the device is believed"
+                )
 
     def _locate_devices(self, dead: DeadKernel) -> None:
         """A virtio-mem device that we could not even ask where it is, the dead kernel's driver had claimed."""
@@ -165,9 +173,14 @@ class Dump:
             if rule := device.rule(self.registry.page_size):
                 self.registry.register(rule)
 
+    def readable_runs(self) -> Iterator[Range]:
+        """What may be read of old memory, in whole pages, ascending, one run at a time."""
+        for span in self.envelope.all.inner_pages(self.machine.page_size):
+            yield from (run for run, rule in self.registry.verdicts(*span) if rule is None)
+
     def readable(self) -> RangeSet:
-        """What the vmcore has of old memory, in whole pages."""
-        return self.registry.ram(self.envelope.all)
+        """All of :meth:`readable_runs` at once."""
+        return RangeSet(self.readable_runs())
 
     def _dynamic(self) -> Core:
         shape = x86_64.shape(self.dead, self.info, self.problems)
@@ -176,7 +189,12 @@ class Dump:
         else:
             if self.layout == KERNEL:
                 self.problems.note("layout kernel needs the dead kernel's resource tree; laid out by the memory map")
-            ranges = list(self.readable())
+            ranges, gap = memory_map.merged(self.readable_runs, self.envelope.regions, MAX_LOADS)
+            if gap:
+                self.problems.note(
+                    f"memory in more than {MAX_LOADS} runs: PT_LOADs bridge gaps of up to {gap:#x} bytes; "
+                    "what lies in them is refused and reads as zeros"
+                )
         loads = ([shape.text] if shape.text else []) + [shape.load(r) for r in ranges]
         align = self.machine.phdr_note_align
         note_align = DEFAULT_NOTE_ALIGN if align is None else align
@@ -200,14 +218,13 @@ class Dump:
         size = max((e.offset + e.size for e in extents), default=len(data))
         return Core(data, tuple(extents), size, header.phdrs)
 
-    def map(self) -> list[Entry]:
+    def map(self) -> Iterator[Entry]:
         """The memory map with provenance, ascending."""
         return memory_map.entries(self.registry, self.envelope, self.machine.devices, self._claims())
 
     def _claims(self) -> dict[str, RangeSet]:
         """Who calls what memory."""
         claims = {name: r.ranges(report.RAM) for name, r in self.machine.reports.items()}
-        claims |= {d.name: d.plugged for d in self.machine.devices if d.bitmap is not None}
         if self.dead:
             e820 = self.dead.e820()
             sections = self.dead.sections()
@@ -237,10 +254,12 @@ class Dump:
         return sorted(found)
 
     def lost(self) -> RangeSet:
-        """RAM that stays zero in the vmcore: no source shows it, or its device could not be asked what is plugged."""
-        unknown = RangeSet(d.region for d in self.machine.devices if d.bitmap is None)
-        readable = self.readable()
-        return (readable - self.memory.covered) | ((self.system_ram & unknown) - readable)
+        """RAM that stays zero in the vmcore: no source shows it, or its device could not be asked what is plugged. Of
+        a fragmented machine no more than MAX_LOADS runs are told."""
+        shown = self.memory.covered
+        hidden = islice((run for run in self.readable_runs() if not shown.covers(*run)), MAX_LOADS)
+        unasked = self.system_ram & RangeSet(d.region for d in self.machine.devices if d.bitmap is None)
+        return (RangeSet(hidden) - shown) | (unasked - self.registry.ram(unasked))
 
     def close(self) -> None:
         self.memory.close()
@@ -250,9 +269,7 @@ class Dump:
 def build(machine: Machine, layout: str = CUT, mode: str = DYNAMIC) -> Dump:
     """A Dump, with the machine closed again if that fails."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", GuardWarning)
-            return Dump(machine, layout, mode)
+        return Dump(machine, layout, mode)
     except BaseException:
         machine.close()
         raise

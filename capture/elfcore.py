@@ -10,7 +10,8 @@ from __future__ import annotations
 import struct
 from typing import NamedTuple
 
-from guard.procvmcore import EHDR_SIZE, PHDR_SIZE, PN_XNUM, PT_LOAD, PT_NOTE, SHDR_SIZE, ProgramHeader
+from guard.errors import Error
+from guard.procvmcore import EHDR_SIZE, PHDR_SIZE, PN_XNUM, PT_LOAD, PT_NOTE, ProgramHeader
 
 ET_CORE = 4
 EV_CURRENT = 1
@@ -52,13 +53,12 @@ def build(
 ) -> Core:
     """Lay out a vmcore. *machine* is e_machine, *notes* the merged notes without an empty one at the end.
 
-    *note_align* is the merged PT_NOTE's p_align: 4 in current kernels, 0 up to some release after 6.1.
-    More than 65534 program headers use PN_XNUM (System V gABI, "Program Header"): e_phnum is 0xffff and section
-    header 0, behind the program headers, has the count in sh_info."""
+    *note_align* is the merged PT_NOTE's p_align: 4 in current kernels, 0 up to some release after 6.1. Raises Error
+    for more program headers than the 16 bits of e_phnum count."""
     count = len(loads) + 1
-    extended = count >= PN_XNUM
-    table_size = EHDR_SIZE + count * PHDR_SIZE
-    note_offset = page_align(table_size + extended * SHDR_SIZE, page_size)
+    if count >= PN_XNUM:
+        raise Error(f"{count} program headers where an ELF header counts at most {PN_XNUM - 1}")
+    note_offset = page_align(EHDR_SIZE + count * PHDR_SIZE, page_size)
     offset = note_offset + page_align(len(notes), page_size)
     phdrs = [ProgramHeader(PT_NOTE, 0, note_offset, 0, 0, len(notes), len(notes), note_align)]
     extents = []
@@ -72,14 +72,11 @@ def build(
     ident = b"\x7fELF" + bytes((2, 1 if byteorder == "<" else 2, EV_CURRENT)) + bytes(9)
     ehdr = struct.pack(
         byteorder + "16sHHIQQQIHHHHHH",
-        *(ident, ET_CORE, machine, EV_CURRENT, 0, EHDR_SIZE, table_size if extended else 0, 0, EHDR_SIZE, PHDR_SIZE),
-        *(PN_XNUM if extended else count, SHDR_SIZE if extended else 0, int(extended), 0),
+        *(ident, ET_CORE, machine, EV_CURRENT, 0, EHDR_SIZE, 0, 0, EHDR_SIZE, PHDR_SIZE, count, 0, 0, 0),
     )
     header = bytearray(note_offset + page_align(len(notes), page_size))
     header[: len(ehdr)] = ehdr
     for i, p in enumerate(phdrs):
         struct.pack_into(byteorder + "IIQQQQQQ", header, EHDR_SIZE + i * PHDR_SIZE, *p)
-    if extended:
-        struct.pack_into(byteorder + "I", header, table_size + 44, count)
     header[note_offset : note_offset + len(notes)] = notes
     return Core(bytes(header), tuple(extents), offset, tuple(phdrs))

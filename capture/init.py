@@ -8,19 +8,24 @@ then given /run/oldmem/vmcore. All is undone on any failure, and the distributio
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 
 from capture.background import serve_in_background
 from capture.dump import Dump
 from capture.fuse import MS_BIND, FuseServer, mount, mounted_device, unmount
-from capture.report import as_json, guard_json, map_json
+from capture.report import MOST_SERVED, as_json, guard_json, map_json
 from guard import procvmcore
 from guard.errors import Error
 
 FOLDER = "/run/oldmem"
 
 
-def texts(dump: Dump) -> dict[str, object]:
-    return {"map.json": lambda: as_json(map_json(dump)), "guard.json": lambda: as_json(guard_json(dump))}
+def texts(dump: Dump) -> dict[str, Callable[[], bytes]]:
+    """The reports that are served beside the vmcore, each made when it is looked at."""
+    return {
+        "map.json": lambda: as_json(map_json(dump, MOST_SERVED)),
+        "guard.json": lambda: as_json(guard_json(dump, MOST_SERVED)),
+    }
 
 
 def bring_up(dump: Dump, folder: str = FOLDER, over: str = procvmcore.PATH) -> str:
@@ -31,7 +36,7 @@ def bring_up(dump: Dump, folder: str = FOLDER, over: str = procvmcore.PATH) -> s
         if mounted_device(target):
             raise Error(f"something is mounted on {target} already; umount it first")
     os.makedirs(folder, exist_ok=True)
-    server = FuseServer(dump.vmcore, folder, texts(dump))  # type: ignore[arg-type]
+    server = FuseServer(dump.vmcore, folder, texts(dump))
     serve_in_background(server, [folder, over])
     if not os.path.exists(over):
         return server.probe

@@ -8,7 +8,7 @@ the narrower answer is read and the difference is told, as long as what it says 
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -26,6 +26,9 @@ RAM_SOURCES = ("fw_cfg", "smbios", "srat")
 # The dead kernel's tree counts only if it has at least this share of what firmware calls boot RAM: a damaged or
 # forged tree must not cost the dump. mem= halves a machine at worst in practice.
 PLAUSIBLE_SHARE = 0.5
+
+# Bytes; blocks of virtio-mem are at least this large in QEMU
+SMALLEST_BRIDGE = 1 << 20
 
 # What crashkernel= reserved beyond the capture kernel's own System RAM: elfcorehdr, purgatory, key areas
 MAX_RESERVED_BEYOND_OWN = 64 << 20
@@ -48,13 +51,17 @@ class Device(NamedTuple):
     problems: tuple[str, ...] = ()
     requests: int = 0
 
+    def plugged_runs(self) -> Iterator[Range]:
+        """What is plugged, by the device's own word, one run at a time: a large device can have very many."""
+        if self.bitmap is not None:
+            blocks = min(len(self.bitmap) * 8, self.region.size // self.block_size)
+            pages = PageSet.of_bitmap(self.region.start, self.block_size, blocks, self.bitmap)
+            yield from pages.ranges(*self.region)
+
     @property
     def plugged(self) -> RangeSet:
-        """What is plugged, by the device's own word."""
-        if self.bitmap is None:
-            return RangeSet()
-        blocks = min(len(self.bitmap) * 8, self.region.size // self.block_size)
-        return RangeSet(PageSet.of_bitmap(self.region.start, self.block_size, blocks, self.bitmap).ranges(*self.region))
+        """All of :meth:`plugged_runs` at once."""
+        return RangeSet(self.plugged_runs())
 
     def rule(self, page_size: int) -> Rule | None:
         """What gates this region; None where the kernel's own driver does."""
@@ -206,9 +213,31 @@ def install_witness(registry: Registry, env: Envelope, witnessed: RangeSet) -> N
         registry.register(deny_rule("dead kernel", refused, "was not System RAM", registry.page_size))
 
 
-def entries(registry: Registry, env: Envelope, devices: Iterable[Device], claims: dict[str, RangeSet]) -> list[Entry]:
+def merged(runs: Callable[[], Iterator[Range]], bridges: RangeSet, most: int) -> tuple[list[Range], int]:
+    """The ascending *runs*, at most about *most* of them: those with the smallest gaps between become one, as long as
+    the gap lies in *bridges*. Also returns the largest gap that was bridged, 0 if none; *runs* is asked anew for each
+    try, so that no list of all has to be held."""
+    gap = 0
+    while True:
+        found: list[Range] = []
+        for run in runs():
+            last = found[-1] if found else None
+            if last and run.start - last.end <= gap and bridges.covers(last.end, run.start):
+                found[-1] = Range(last.start, run.end)
+            elif len(found) == most and gap < WHOLE.end:
+                break
+            else:
+                found.append(run)
+        else:
+            return found, gap
+        gap = 2 * gap or SMALLEST_BRIDGE
+
+
+def entries(
+    registry: Registry, env: Envelope, devices: Iterable[Device], claims: dict[str, RangeSet]
+) -> Iterator[Entry]:
     """The map, ascending: everything in the envelope and everything that some source of *claims* (name -> ranges)
-    calls memory, cut wherever verdict or provenance changes."""
+    calls memory, cut wherever verdict or provenance changes. One at a time: a fragmented machine has very many."""
     page = registry.page_size
     spans = env.all
     for ranges in claims.values():
@@ -219,7 +248,8 @@ def entries(registry: Registry, env: Envelope, devices: Iterable[Device], claims
         ("ram", env.boot.__contains__),
         ("hotplug", env.window.__contains__),
     ]
-    found: list[Entry] = []
+    asked = [(d.name, d.region) for d in devices if d.bitmap is not None]
+    pending: Entry | None = None
     for span in spans.outer_pages(page):
         for run, rule in registry.verdicts(*span):
             inner = borders[bisect_right(borders, run.start) : bisect_left(borders, run.end)]
@@ -227,10 +257,14 @@ def entries(registry: Registry, env: Envelope, devices: Iterable[Device], claims
             for start, end in pairwise(cuts):
                 inside = end - 1
                 kind = next((name for name, has in kinds if has(inside)), "other")
-                names = tuple(name for name, ranges in claims.items() if inside in ranges)
-                entry = Entry(Range(start, end), kind, rule.name if rule else "", names)
-                if found and found[-1][1:] == entry[1:] and found[-1].range.end == start:
-                    entry = entry._replace(range=Range(found[-1].range.start, end))
-                    found.pop()
-                found.append(entry)
-    return found
+                # a device speaks for its region by its rule: what that lets pass is plugged
+                names = [name for name, region in asked if rule is None and region.start <= inside < region.end]
+                names += [name for name, ranges in claims.items() if inside in ranges]
+                entry = Entry(Range(start, end), kind, rule.name if rule else "", tuple(names))
+                if pending and pending[1:] == entry[1:] and pending.range.end == start:
+                    entry = entry._replace(range=Range(pending.range.start, end))
+                elif pending:
+                    yield pending
+                pending = entry
+    if pending:
+        yield pending

@@ -6,10 +6,12 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable
+from itertools import islice
 from typing import Any
 
 from capture.dump import Difference, Dump
 from capture.memory_map import Device
+from guard.procvmcore import PT_LOAD
 from guard.ranges import Range, RangeSet
 
 
@@ -27,8 +29,12 @@ def table(rows: Iterable[tuple[str, ...]]) -> str:
     return "".join("  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)).rstrip() + "\n" for r in lines)
 
 
-def _pairs(ranges: Iterable[Range]) -> list[list[int]]:
-    return [[r.start, r.end] for r in ranges]
+# Items of a list in the reports that a server makes: it must not run out of memory over a fragmented machine
+MOST_SERVED = 4096
+
+
+def _pairs(ranges: Iterable[Range], most: int | None = None) -> list[list[int]]:
+    return [[r.start, r.end] for r in islice(ranges, most)]
 
 
 def map_text(dump: Dump) -> str:
@@ -39,8 +45,8 @@ def map_text(dump: Dump) -> str:
     return table(rows) + f"readable: {bytes_text(dump.readable().size)}, envelope from {dump.envelope.source}\n"
 
 
-def map_json(dump: Dump) -> dict[str, Any]:
-    """Half-open ranges, bytes."""
+def map_json(dump: Dump, most: int | None = None) -> dict[str, Any]:
+    """Half-open ranges, bytes. Of each list the first *most* items (None: all)."""
     return {
         "envelope_source": dump.envelope.source,
         "memory_source": dump.machine.source,
@@ -54,13 +60,13 @@ def map_json(dump: Dump) -> dict[str, Any]:
                 "refused_by": e.refused_by or None,
                 "known_from": list(e.known_from),
             }
-            for e in dump.map()
+            for e in islice(dump.map(), most)
         ],
-        "readable": _pairs(dump.readable()),
+        "readable": _pairs(dump.readable_runs(), most),
+        "readable_bytes": sum(r.size for r in dump.readable_runs()),
         "pt_load": [
             {"paddr": p.paddr, "vaddr": p.vaddr, "size": p.memsz, "offset": p.offset}
-            for p in dump.core.phdrs
-            if p.type == 1
+            for p in islice((p for p in dump.core.phdrs if p.type == PT_LOAD), most)
         ],
         "problems": list(dump.problems),
     }
@@ -77,7 +83,8 @@ def compare_text(differences: list[Difference]) -> str:
     return table([("preloaded header", "range", "size", "why"), *rows]) + total
 
 
-def device_json(device: Device) -> dict[str, Any]:
+def device_json(device: Device, most: int | None = None) -> dict[str, Any]:
+    """Half-open ranges, bytes; of the plugged ones the first *most* (None: all)."""
     return {
         "name": device.name,
         "addr": device.region.start,
@@ -87,7 +94,7 @@ def device_json(device: Device) -> dict[str, Any]:
         "plugged_size": device.plugged_size,
         "requested_size": device.requested_size,
         "node_id": device.node_id,
-        "plugged": None if device.bitmap is None else _pairs(device.plugged),
+        "plugged": None if device.bitmap is None else _pairs(device.plugged_runs(), most),
         "why": device.why,
         "gated_by_kernel": device.gated_by_kernel,
         "requests": device.requests,
@@ -116,35 +123,49 @@ def plug_text(devices: list[Device]) -> str:
     return table(rows)
 
 
-def guard_json(dump: Dump) -> dict[str, Any]:
-    """What each rule refuses, what reads were refused, what could not be read: the report beside the vmcore."""
-    counters = dump.registry.counters()
-    refused: dict[str, list[Range]] = {}
+def _refusals(dump: Dump, most: int | None) -> dict[str, tuple[list[Range], int, int]]:
+    """For each rule that refuses anything: its first *most* runs, how many there are, and their bytes."""
+    found: dict[str, tuple[list[Range], int, int]] = {}
     spans = RangeSet((e.paddr, e.paddr + e.size) for e in dump.core.extents) | dump.envelope.all
     for span in spans.outer_pages(dump.machine.page_size):
         for run, rule in dump.registry.verdicts(*span):
             if rule:
-                refused.setdefault(rule.name, []).append(run)
-    memory = dump.memory
-    return {
-        "rules": [
+                runs, count, size = found.get(rule.name, ([], 0, 0))
+                if most is None or count < most:
+                    runs.append(run)
+                found[rule.name] = (runs, count + 1, size + run.size)
+    return found
+
+
+def guard_json(dump: Dump, most: int | None = None) -> dict[str, Any]:
+    """What each rule refuses, what reads were refused, what could not be read: the report beside the vmcore. Half-open
+    ranges, bytes; of each list the first *most* (None: all)."""
+    counters = dump.registry.counters()
+    refusals = _refusals(dump, most)
+    rules = []
+    for rule in dump.registry:
+        runs, count, size = refusals.get(rule.name, ([], 0, 0))
+        rules.append(
             {
                 "name": rule.name,
                 "reason": rule.reason,
                 "trouble": rule.trouble,
-                "refused": _pairs(refused.get(rule.name, [])),
-                "refused_bytes": sum(r.size for r in refused.get(rule.name, [])),
+                "refused": _pairs(runs),
+                "refused_runs": count,
+                "refused_bytes": size,
                 "page_reads_refused": counters[rule.name],
             }
-            for rule in dump.registry
-        ],
+        )
+    memory = dump.memory
+    return {
+        "rules": rules,
         "bytes_read": memory.bytes_read,
         "bytes_refused": memory.bytes_refused,
         "unreadable": [
             {"start": f.range.start, "end": f.range.end, "why": os.strerror(f.errno)} for f in memory.faults()
         ],
-        "lost": _pairs(dump.lost()),
-        "devices": [device_json(d) for d in dump.machine.devices],
+        "lost": _pairs(dump.lost(), most),
+        "devices": [device_json(d, most) for d in dump.machine.devices],
         "problems": list(dump.problems),
     }
 

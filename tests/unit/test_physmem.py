@@ -30,11 +30,10 @@ def make_file() -> Iterator[MakeFile]:
     opened: list[int] = []
 
     def make(content: bytes) -> int:
-        stream = tempfile.TemporaryFile()
-        stream.write(content)
-        stream.flush()
-        opened.append(os.dup(stream.fileno()))
-        stream.close()
+        with tempfile.TemporaryFile() as stream:
+            stream.write(content)
+            stream.flush()
+            opened.append(os.dup(stream.fileno()))
         return opened[-1]
 
     yield make
@@ -141,12 +140,11 @@ def test_reads_give_what_the_model_gives_and_count_it(
 ) -> None:
     model = Model(layout, refusals)
     registry = registry_of(*(rule for rule, _ in refusals))
-    streams = [tempfile.TemporaryFile() for _ in layout.segments]
+    fds = [os.memfd_create("file") for _ in layout.segments]
     segments = []
-    for (start, size, how, offset, _), stream, data in zip(layout.segments, streams, model.files, strict=True):
-        stream.write(data)
-        stream.flush()
-        segments.append(Segment(start * PAGE, size * PAGE, stream.fileno(), offset * PAGE, how, "file"))
+    for (start, size, how, offset, _), fd, data in zip(layout.segments, fds, model.files, strict=True):
+        os.write(fd, data)
+        segments.append(Segment(start * PAGE, size * PAGE, fd, offset * PAGE, how, "file"))
     memory = OldMemory(segments, registry)
     memory.c.window_size = window
     read = refused = 0
@@ -180,13 +178,13 @@ def test_reads_give_what_the_model_gives_and_count_it(
         assert why in str(caught.value)
     assert (memory.faults(), memory.bytes_read, memory.bytes_refused, registry.counters()) == before
     memory.close()
-    for stream in streams:
-        stream.close()
+    for fd in fds:
+        os.close(fd)
 
 
 @pytest.mark.parametrize("how", [PREAD, MMAP])
 def test_of_a_large_request_only_the_pages_that_fail_are_zeros(how: int, make_file: MakeFile) -> None:
-    """The file ends in the middle of the segment, and is longer again behind that: a second segment of the same file."""
+    """The file ends in the middle of a segment, and another segment shows a part of it that is there."""
     data = pattern(10)
     fd = make_file(data[: 6 * PAGE])
     segments = [

@@ -50,6 +50,8 @@ def test_guarded_collectors_populate_nothing_and_unguarded_ones_hundreds_of_mib(
     for reader in READERS:
         g.sh(reader, timeout=200)
         assert populated(g) == 0, reader
+    peaks = g.sh("for p in $(pidof oldmem); do grep VmHWM /proc/$p/status; done").split()
+    assert 0 < max(int(word) for word in peaks if word.isdigit()) <= 16 * 1024
     g.sh("umount /proc/vmcore /run/oldmem")
     g.sh("dd if=/proc/vmcore of=/dev/null bs=1M", timeout=200)
     assert populated(g) >= 200 * MiB
