@@ -272,8 +272,8 @@ def fill_standard_descriptors() -> None:
         while (fd := os.open(os.devnull, os.O_RDONLY)) <= 2:
             os.set_inheritable(fd, True)
         os.close(fd)
-    sys.stdout = sys.stdout or open(1, "w", closefd=False)
-    sys.stderr = sys.stderr or open(2, "w", closefd=False)
+    sys.stdout = sys.stdout or os.fdopen(1, "w", closefd=False)
+    sys.stderr = sys.stderr or os.fdopen(2, "w", closefd=False)
 
 
 def main() -> NoReturn:

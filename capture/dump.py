@@ -79,6 +79,9 @@ class Dump:
         self.reserved = RangeSet()
         if self.dead:
             self._hear_witness(self.dead)
+        elif not self.envelope.by_firmware and any(not gated for _, gated in machine.unlocated):
+            names = ", ".join(name for name, _ in machine.unlocated)
+            raise Error(f"nothing tells where the memory of {names} is: what is unplugged of it cannot be left alone")
         self.core = self._preloaded() if mode == PRELOADED else self._dynamic()
         self.vmcore = Vmcore(self.core, self.memory)
         self.registry.opened = True
@@ -98,7 +101,7 @@ class Dump:
         if self.envelope.boot or header is None:
             return
         ram = RangeSet((p.paddr, p.paddr + p.memsz) for p in header.loads) - self.envelope.regions
-        self.envelope = self.envelope._replace(boot=ram, source="preloaded header")
+        self.envelope = self.envelope._replace(boot=ram, source="preloaded header", by_firmware=False)
         self.problems.note("no firmware source tells of boot RAM; the preloaded header's PT_LOADs are taken for it")
 
     def _foreign(self) -> RangeSet:
@@ -169,7 +172,9 @@ class Dump:
             self.machine.devices.append(device)
             region = RangeSet([device.region])
             env = self.envelope
-            self.envelope = env._replace(window=env.window - region, regions=env.regions | region)
+            self.envelope = env._replace(
+                boot=env.boot - region, window=env.window - region, regions=env.regions | region
+            )
             if rule := device.rule(self.registry.page_size):
                 self.registry.register(rule)
 

@@ -121,9 +121,9 @@ class FuseServer:
 
     def _raise_read_ahead(self) -> None:
         """128 KiB, the default, costs cached readers 40 % (larger requests are fewer switches); not worth failing."""
-        with contextlib.suppress(OSError):
-            with open(f"/sys/class/bdi/{self.device}/read_ahead_kb", "w", encoding="ascii") as file:
-                file.write(str(READ_AHEAD_KB))
+        path = f"/sys/class/bdi/{self.device}/read_ahead_kb"
+        with contextlib.suppress(OSError), open(path, "w", encoding="ascii") as file:
+            file.write(str(READ_AHEAD_KB))
 
     def _set_text(self, i: int, text: bytes) -> None:
         self._texts[i] = text

@@ -81,6 +81,7 @@ class Envelope(NamedTuple):
     window: RangeSet
     regions: RangeSet
     source: str
+    by_firmware: bool = True
 
     @property
     def all(self) -> RangeSet:
@@ -179,12 +180,12 @@ def install_rules(registry: Registry, env: Envelope, own: RangeSet, devices: Ite
 def unlocated_devices(claimed: Iterable[Range], known: Envelope, gated: bool) -> list[Device]:
     """virtio-mem regions that only the dead kernel tells of: of the devices behind them no plug state is known.
 
-    *claimed* are its driver's resources; they count in the hotplug window only, as no firmware calls such a region RAM
-    (virtio specification, "Memory Device"). *gated* if the in-kernel driver gates all such devices."""
+    *claimed* are its driver's resources; they count only outside of what firmware calls RAM, as no firmware calls such
+    a region that (virtio specification, "Memory Device"). *gated* if the in-kernel driver gates all such devices."""
     why = "known from the dead kernel only"
+    possible = known.window if known.by_firmware else known.window | known.boot
     return [
-        Device(f"virtio-mem {r.start:#x}", r, 0, 4096, 0, 0, 0, None, why, gated)
-        for r in RangeSet(claimed) & known.window
+        Device(f"virtio-mem {r.start:#x}", r, 0, 4096, 0, 0, 0, None, why, gated) for r in RangeSet(claimed) & possible
     ]
 
 

@@ -88,6 +88,7 @@ def save(vmcore: Vmcore, out: str, err: TextIO) -> None:
 
     The file is written as OUT-incomplete, synced, then renamed: a name without that ending is a whole dump."""
     progress = Progress(vmcore.size, err)
+    part = out + "-incomplete"
     try:
         if out == "-":
             sys.stdout.flush()
@@ -101,7 +102,6 @@ def save(vmcore: Vmcore, out: str, err: TextIO) -> None:
             finally:
                 os.close(fd)
             return
-        part = out + "-incomplete"
         fd = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         try:
             copy(vmcore, fd, True, progress)
@@ -112,5 +112,5 @@ def save(vmcore: Vmcore, out: str, err: TextIO) -> None:
     except BrokenPipeError:
         raise Error("output: the reader closed the pipe before the vmcore was complete") from None
     except OSError as e:
-        hint = f"; {out}-incomplete has what fitted" if e.errno == errno.ENOSPC and out != "-" else ""
+        hint = f"; {part} has what fitted" if e.errno == errno.ENOSPC and os.path.exists(part) else ""
         raise Error(f"{e.filename or ('standard output' if out == '-' else out)}: {e.strerror}{hint}") from None

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -87,7 +89,7 @@ def test_registry_answers_as_the_kernels_list_of_callbacks_would(history: list[t
     assert [registry.pfn_is_ram(p) for p in range(END)] == [name is None for name in model]
     runs = list(registry.verdicts(0, END * PAGE))
     assert [(r.name if r else None) for run, r in runs for _ in range(run.size // PAGE)] == model
-    assert all(a[1] is not b[1] for a, b in zip(runs, runs[1:], strict=False)), "runs are maximal"
+    assert all(a[1] is not b[1] for a, b in pairwise(runs)), "runs are maximal"
     for p in range(0, END, 7):
         assert registry.next_ram(p, END) == next((q for q in range(p, END) if model[q] is None), END)
         assert registry.next_refused(p, END) == next((q for q in range(p, END) if model[q] is not None), END)

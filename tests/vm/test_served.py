@@ -10,6 +10,7 @@ from pathlib import Path
 
 import drgn
 from elftools.elf.elffile import ELFFile
+from elftools.elf.segments import NoteSegment
 
 from tests.vm import truth
 from tests.vm.conftest import MakeCrashedGuest, MakeGuest
@@ -37,7 +38,7 @@ def populated(g: Guest) -> int:
 
 def vmcoreinfo(file: Path) -> dict[str, str]:
     with open(file, "rb") as stream:
-        notes = [n for s in ELFFile(stream).iter_segments("PT_NOTE") for n in s.iter_notes()]
+        notes = [n for s in ELFFile(stream).iter_segments() if isinstance(s, NoteSegment) for n in s.iter_notes()]
     data = next(n["n_descdata"] for n in notes if n["n_name"] == "VMCOREINFO")
     return dict(line.split("=", 1) for line in data.decode().splitlines())
 
@@ -72,7 +73,7 @@ def test_saved_vmcore_has_every_cpu_and_reads_as_the_dead_kernel(crashed_guest: 
     notes = subprocess.run(["readelf", "-nW", saved], capture_output=True, text=True, timeout=60, check=True).stdout
     assert notes.count("NT_PRSTATUS") == 2
     assert "VMCOREINFO" in notes
-    command = [sys.executable, "-m", "capture", "check", saved]
+    command = [sys.executable, "-m", "capture", "check", str(saved)]
     checked = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert checked.returncode == 0, checked.stdout
     assert "2 NT_PRSTATUS" in checked.stdout

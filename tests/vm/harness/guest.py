@@ -38,7 +38,8 @@ class Guest:
 
     *kernel* is one of ``debian.SUITES``; *memory* the boot RAM in bytes, of which *below_4g* lie below 4 GiB and the
     rest from 4 GiB on; *online* the zone that added memory goes to ("movable": can be unplugged again; "kernel": the
-    kernel uses it for itself too); *oldmem* whether the initramfs has Python and oldmem, *testing* whether it has ``makedumpfile-testing``."""
+    kernel uses it for itself too); *oldmem* whether the initramfs has Python and oldmem, *testing* whether it has
+    ``makedumpfile-testing``."""
 
     def __init__(
         self,

@@ -1,0 +1,199 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The command as scripts use it: streams, pipes that end early, outputs that cannot be written, interruptions."""
+
+from __future__ import annotations
+
+import filecmp
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.image.conftest import Recorded
+from tests.image.machines import oldmem, phdrs_of
+
+
+def shell(line: str, *arguments: str | Path, timeout: float = 60.0) -> subprocess.CompletedProcess[bytes]:
+    """Run a line of bash; $0, $1... are *arguments*."""
+    command = f"oldmem() {{ '{sys.executable}' -m capture \"$@\"; }}; {line}"
+    done = subprocess.run(["bash", "-c", command, *map(str, arguments)], capture_output=True, timeout=timeout)
+    assert b"Traceback" not in done.stderr
+    assert b"Exception ignored" not in done.stderr
+    return done
+
+
+def test_stream_has_the_same_bytes_as_the_sparse_file(
+    small_machine: Recorded, saved_small: Path, tmp_path: Path
+) -> None:
+    line = 'oldmem save --layout kernel --machine "$0" -o - | cat >"$1"; exit ${PIPESTATUS[0]}'
+    done = shell(line, small_machine.folder, tmp_path / "streamed")
+    assert done.returncode == 0
+    assert filecmp.cmp(tmp_path / "streamed", saved_small, shallow=False)
+    assert done.stderr.decode().splitlines()[-1] == "oldmem: saving vmcore complete"
+
+
+def test_progress_lines_are_makedumpfiles(small_machine: Recorded, tmp_path: Path) -> None:
+    result = oldmem("save", "--machine", small_machine.folder, "-o", tmp_path / "out")
+    assert re.fullmatch(r"Copying data : \[100\.0 %\] / eta: 0s  ", result.lines[-2])
+
+
+def test_reader_that_has_enough_gets_it_and_the_command_says_so_in_one_line(small_machine: Recorded) -> None:
+    done = shell('oldmem save --machine "$0" -o - | head -c 100; exit ${PIPESTATUS[0]}', small_machine.folder)
+    assert done.returncode == 1
+    assert done.stdout.startswith(b"\x7fELF")
+    assert len(done.stdout) == 100
+    assert done.stderr == b"oldmem: output: the reader closed the pipe before the vmcore was complete\n"
+
+
+@pytest.mark.parametrize("command", ["map", "map --json", "plug", "plug --json", "map --compare", "header -o -"])
+def test_pipe_that_ends_early_is_no_drama(command: str, small_machine: Recorded) -> None:
+    for end in ("true", "head -1"):
+        done = shell(f'oldmem {command} --machine "$0" | {end}; exit ${{PIPESTATUS[0]}}', small_machine.folder)
+        assert done.returncode in (0, 141)
+        assert done.stderr == b""
+
+
+@pytest.mark.parametrize("command", ["map", "map --json", "header -o -", "save -o -"])
+def test_standard_output_that_is_full_or_closed_is_one_line(command: str, small_machine: Recorded) -> None:
+    for end, why in ((">/dev/full", "No space left on device"), (">&-", "Bad file descriptor")):
+        done = shell(f'oldmem {command} --machine "$0" {end}', small_machine.folder)
+        assert done.returncode == 1
+        assert done.stderr.decode() == f"oldmem: standard output: {why}\n"
+
+
+@pytest.mark.parametrize("end", ["2>/dev/full", "2>&-", "2>&1 >/dev/null | true"])
+def test_console_that_is_full_closed_or_gone_does_not_cost_the_dump(
+    end: str, small_machine: Recorded, saved_small: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    done = shell(
+        f'oldmem save -v --layout kernel --machine "$0" -o "$1" {end}; exit ${{PIPESTATUS[0]}}',
+        small_machine.folder,
+        out,
+    )
+    assert done.returncode == 0
+    assert filecmp.cmp(out, saved_small, shallow=False)
+
+
+@pytest.mark.parametrize("command", ["header", "save"])
+def test_output_that_cannot_be_written_is_one_line(command: str, small_machine: Recorded, tmp_path: Path) -> None:
+    for name, why in (("", "Is a directory"), ("nothing/out", "No such file or directory")):
+        result = oldmem(command, "--machine", small_machine.folder, "-o", tmp_path / name)
+        assert result.status == 1
+        assert len(result.lines) == 1
+        assert result.lines[0].startswith(f"oldmem: {tmp_path}")
+        assert result.lines[0].endswith(f": {why}")
+
+
+def test_device_that_is_full_is_one_line(small_machine: Recorded) -> None:
+    for command in ("header", "save"):
+        result = oldmem(command, "--machine", small_machine.folder, "-o", "/dev/full")
+        assert (result.status, result.lines) == (1, ["oldmem: /dev/full: No space left on device"])
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path, as_root: None) -> Iterator[Path]:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("cannot mount a tmpfs")
+    yield disk
+    subprocess.run(["umount", disk], check=True)
+
+
+def test_full_disk_is_status_1_and_one_line_and_no_dump_by_its_final_name(
+    small_machine: Recorded, small_disk: Path
+) -> None:
+    out = small_disk / "vmcore"
+    result = oldmem("save", "--machine", small_machine.folder, "-o", out)
+    assert result.status == 1
+    assert result.lines == [f"oldmem: {out}: No space left on device; {out}-incomplete has what fitted"]
+    assert os.listdir(small_disk) == ["vmcore-incomplete"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_save_leaves_no_dump_by_its_final_name(
+    number: signal.Signals, small_machine: Recorded, tmp_path: Path
+) -> None:
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    reader = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
+    command = [sys.executable, "-m", "capture", "save", "--machine", small_machine.folder, "-o", fifo]
+    saving = subprocess.Popen(command, stderr=subprocess.PIPE)
+    try:
+        end = time.monotonic() + 20
+        while time.monotonic() < end:  # until it has written something, and waits for us to read more
+            try:
+                if os.read(reader, 1):
+                    break
+            except BlockingIOError:
+                time.sleep(0.01)
+        saving.send_signal(number)
+        err = saving.communicate(timeout=20)[1]
+    finally:
+        saving.kill()
+        saving.wait()
+        os.close(reader)
+    assert saving.returncode == (130 if number == signal.SIGINT else -number)
+    assert b"Traceback" not in err
+
+
+def test_quiet_is_quiet_and_verbose_tells_more(tmp_path: Path, small_machine: Recorded) -> None:
+    verbose = oldmem("header", "-v", "--machine", small_machine.folder, "-o", tmp_path / "a")
+    assert verbose.lines[-1] == "oldmem: memory read from images"
+    assert oldmem("header", "-q", "--machine", small_machine.folder, "-o", tmp_path / "b").lines == []
+    assert filecmp.cmp(tmp_path / "a", tmp_path / "b", shallow=False)
+
+
+def test_header_to_standard_output(small_machine: Recorded, tmp_path: Path) -> None:
+    oldmem("header", "--machine", small_machine.folder, "-o", tmp_path / "header")
+    done = shell('oldmem header --machine "$0" -o -', small_machine.folder)
+    assert done.stdout == (tmp_path / "header").read_bytes()
+    assert phdrs_of(done.stdout)[0].type == 4
+
+
+def test_only_a_live_machine_is_recorded(small_machine: Recorded, tmp_path: Path) -> None:
+    result = oldmem("record", "--machine", small_machine.folder, tmp_path / "new")
+    assert result.status == 1
+    assert len(result.lines) == 1
+    assert not (tmp_path / "new").exists()
+
+
+def test_folder_may_be_named_by_a_relative_path(small_machine: Recorded, tmp_path: Path) -> None:
+    done = shell('cd "$0" && oldmem plug --json --machine .', small_machine.folder)
+    assert json.loads(done.stdout)["devices"][0]["block_size"] == 2 << 20
+    done = shell('cd "$0" && oldmem plug --machine ""', tmp_path)
+    assert done.returncode == 1
+    assert done.stderr == b"oldmem: machine.json: No such file or directory\n"
+
+
+def test_init_over_a_recorded_machine_in_a_mount_namespace_of_its_own(
+    small_machine: Recorded, as_root: None, tmp_path: Path
+) -> None:
+    if not os.path.exists("/dev/fuse"):
+        pytest.skip("no /dev/fuse")
+    if os.path.exists("/proc/vmcore"):
+        pytest.skip("this is a capture environment")
+    script = tmp_path / "script"
+    script.write_text(
+        "mount -t tmpfs tmpfs /run || exit 99\n"
+        'oldmem init --machine "$0" && ls /run/oldmem && head -c 4 /run/oldmem/vmcore | tail -c 3\n'
+        'echo; oldmem init --machine "$0"; echo $?\n'
+        "umount /run/oldmem\n"
+    )
+    line = 'export -f oldmem; exec timeout 50 unshare --mount --propagation private bash "$1" "$0"'
+    line = line.replace('bash "$1" "$0"', 'bash -c ". $1" "$0"').replace("$1", str(script))
+    done = shell(line, small_machine.folder)
+    if done.returncode == 99:
+        pytest.skip("cannot mount in a namespace")
+    lines = done.stdout.decode().splitlines()
+    assert lines[0].startswith("oldmem: guarded vmcore at /run/oldmem/vmcore (")
+    assert lines[1:] == ["guard.json", "map.json", "vmcore", "vmcore.direct", "ELF", "1"]
+    assert done.stderr == b"oldmem: something is mounted on /run/oldmem already; umount it first\n"

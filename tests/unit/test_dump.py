@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What a dump is made of where something is missing: no firmware tables, devices that do not answer, memory that no
+source shows. A machine in memory stands in for the live one."""
+
+from __future__ import annotations
+
+import os
+import struct
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from capture import dump as dump_module
+from capture.dump import Dump, build
+from capture.machine import Machine
+from capture.memory_map import Device
+from guard.errors import Error, SourceError
+from guard.physmem import PREAD, Segment, only
+from guard.ranges import Range, RangeSet
+from tests.image.machines import vmcore_header
+
+MIB = 1 << 20
+RAM = (1 * MIB, 64 * MIB)
+REGION = (256 * MIB, 320 * MIB)
+BLOCK = 2 * MIB
+
+
+class FakeMachine(Machine):
+    """16 MiB-wise marked memory; below *root* what firmware tells."""
+
+    def __init__(self, root: Path, core: bytes = b"", devices: list[Device] | None = None) -> None:
+        super().__init__(str(root))
+        self.arch = "x86_64"
+        self.devices = devices or []
+        memory = os.memfd_create("memory")
+        os.truncate(memory, REGION[1])
+        for at in range(0, REGION[1], 4 * MIB):
+            os.pwrite(memory, struct.pack("<Q", at | 1), at)
+        self._fds.append(memory)
+        self._segments = [Segment(*span, memory, span[0], PREAD, "memory") for span in (RAM, (REGION[0], 64 * MIB))]
+        self._segments = [s._replace(size=63 * MIB if s.paddr == MIB else 64 * MIB) for s in self._segments]
+        self.asked: list[RangeSet] = []
+        if core:
+            (root / "vmcore").write_bytes(core)
+            self._open_core(str(root / "vmcore"), "/proc/vmcore")
+
+    def open_segments(self, wanted: RangeSet) -> list[Segment]:
+        self.asked.append(wanted)
+        self.source = "memory"
+        return only(self._segments, wanted)
+
+
+Fake = Callable[..., FakeMachine]
+
+
+@pytest.fixture
+def fake(tmp_path: Path) -> Iterator[Fake]:
+    made: list[FakeMachine] = []
+
+    def make(e820: bool = True, **more: object) -> FakeMachine:
+        if e820:
+            folder = tmp_path / "sys/firmware/qemu_fw_cfg/by_name/etc/e820"
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "raw").write_bytes(struct.pack("<QQI", 0, RAM[1], 1))
+        made.append(FakeMachine(tmp_path, **more))  # type: ignore[arg-type]
+        return made[-1]
+
+    yield make
+    for machine in made:
+        machine.close()
+
+
+def device(name: str = "0000:00:04.0", bitmap: bytes | None = b"\x0f", **more: object) -> Device:
+    found = Device(name, Range(*REGION), 64 * MIB, BLOCK, 4 * BLOCK, 4 * BLOCK, 0, bitmap, "no answer within 2 s")
+    return found._replace(**more)  # type: ignore[arg-type]
+
+
+def loads(dump: Dump) -> list[tuple[int, int]]:
+    return [(p.paddr, p.paddr + p.memsz) for p in dump.core.phdrs if p.type == 1]
+
+
+def test_memory_is_dumped_without_a_dead_kernel_to_ask(fake: Fake) -> None:
+    dump = build(fake())
+    assert loads(dump) == [RAM]
+    assert any("no VMCOREINFO note" in line for line in dump.problems)
+    at = dump.core.extents[0].offset
+    assert dump.vmcore.read(at + 3 * MIB, 8) == struct.pack("<Q", 4 * MIB | 1)
+
+
+def test_other_architectures_are_refused_by_name(fake: Fake) -> None:
+    machine = fake()
+    machine.arch = "aarch64"
+    with pytest.raises(Error, match="machine architecture aarch64: headers are built for x86_64 only"):
+        build(machine)
+
+
+def test_no_source_of_ram_is_an_error_that_names_what_was_tried(fake: Fake, tmp_path: Path) -> None:
+    table = tmp_path / "sys/firmware/acpi/tables/SRAT"
+    table.parent.mkdir(parents=True)
+    table.write_bytes(b"SRAT" + bytes(60))
+    with pytest.raises(SourceError, match="no source tells where the dead machine's RAM was: ") as caught:
+        build(fake(e820=False))
+    for reason in ("qemu_fw_cfg: absent", "tables/SRAT: length at offset 4 is 0", "DMI: absent"):
+        assert reason in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_preloaded_header_stands_in_for_firmware_and_that_is_told(fake: Fake) -> None:
+    dump = build(fake(e820=False, core=vmcore_header([(2 * MIB, 32 * MIB)])))
+    assert loads(dump) == [(2 * MIB, 32 * MIB)]
+    assert any("the preloaded header's PT_LOADs are taken for it" in line for line in dump.problems)
+
+
+def test_no_file_is_asked_for_anything_outside_of_the_envelope(fake: Fake) -> None:
+    machine = fake(devices=[device()])
+    build(machine)
+    assert machine.asked == [RangeSet([(0, RAM[1]), REGION])]
+
+
+def test_device_that_gave_no_answer_costs_its_region_only(fake: Fake) -> None:
+    dump = build(fake(devices=[device(bitmap=None), device("0000:00:05.0", region=Range(512 * MIB, 576 * MIB))]))
+    assert loads(dump) == [RAM, (512 * MIB, 520 * MIB)]
+    assert dump.memory.read(REGION[0], 4096) == bytes(4096)
+
+
+def test_device_that_gave_nonsense_is_told_with_its_name(fake: Fake) -> None:
+    dump = build(fake(devices=[device(problems=("virtio-pci: 2 STATE requests: an unknown state",))]))
+    assert "0000:00:04.0: virtio-pci: 2 STATE requests: an unknown state" in dump.problems
+    assert loads(dump) == [RAM, (REGION[0], REGION[0] + 4 * BLOCK)]
+
+
+def test_two_devices_that_claim_one_region_are_no_trouble(fake: Fake) -> None:
+    dump = build(fake(devices=[device(), device("0000:00:05.0", bitmap=b"\x3c")]))
+    assert loads(dump) == [RAM, (REGION[0] + 2 * BLOCK, REGION[0] + 4 * BLOCK)]
+
+
+def test_device_that_claims_boot_ram_takes_nothing_but_its_region(fake: Fake) -> None:
+    lie = device(region=Range(32 * MIB, 96 * MIB), bitmap=b"\1")
+    assert loads(build(fake(devices=[lie]))) == [(MIB, 34 * MIB)]
+
+
+@pytest.mark.parametrize("start", [1 << 52, 1 << 63, (1 << 64) - 64 * MIB])
+def test_device_far_beyond_any_memory_is_carried_in_the_header_and_reads_as_zeros(start: int, fake: Fake) -> None:
+    dump = build(fake(devices=[device(region=Range(start, start + 64 * MIB))]))
+    assert loads(dump)[-1] == (start, start + 4 * BLOCK)
+    assert dump.lost() == RangeSet([(start, start + 4 * BLOCK)])
+    assert dump.vmcore.read(dump.core.extents[-1].offset, 8 * MIB) == bytes(8 * MIB)
+    assert dump.vmcore.read(dump.vmcore.size - 10, 100) == bytes(10)
+
+
+def test_memory_that_no_source_shows_is_told_as_lost_and_is_zeros(fake: Fake) -> None:
+    machine = fake()
+    del machine._segments[0]
+    dump = build(machine)
+    assert dump.lost() == RangeSet([RAM])
+    assert dump.vmcore.read(dump.core.extents[0].offset, 4096) == bytes(4096)
+
+
+def test_machine_is_closed_when_the_dump_fails(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = fake()
+    fd = machine._fds[0]
+    monkeypatch.setattr(dump_module, "Vmcore", lambda *_: (_ for _ in ()).throw(MemoryError))
+    with pytest.raises(MemoryError):
+        build(machine)
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(fd)
+
+
+@pytest.mark.parametrize("mode", ["dynamic", "preloaded"])
+def test_memory_of_the_capture_kernel_is_never_read_as_the_dead_machines(mode: str, fake: Fake, tmp_path: Path) -> None:
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc/iomem").write_text("00001000-0009ffff : System RAM\n02000000-02ffffff : System RAM\n")
+    dump = build(fake(core=vmcore_header([(MIB, 32 * MIB), (48 * MIB, 64 * MIB)])), mode=mode)
+    assert dump.memory.read(32 * MIB, 4096) == bytes(4096)
+    assert dump.memory.read(48 * MIB, 8) == struct.pack("<Q", 48 * MIB | 1)
