@@ -52,6 +52,15 @@ def map_json(dump: Dump, most: int | None = None) -> dict[str, Any]:
         "memory_source": dump.machine.source,
         "layout": dump.layout,
         "mode": dump.mode,
+        "sources": {
+            name: {
+                "path": source.path,
+                "available": source.available,
+                "findings": [[f.start, f.end, f.kind, f.detail] for f in islice(source.findings, most)],
+                "problems": list(source.problems),
+            }
+            for name, source in dump.machine.reports.items()
+        },
         "entries": [
             {
                 "start": e.range.start,
