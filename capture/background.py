@@ -17,7 +17,7 @@ from guard.errors import Error
 
 PR_SET_PDEATHSIG = 1  # include/uapi/linux/prctl.h
 ELF_MAGIC = b"\x7fELF"
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 class _Stop(Exception):
@@ -29,7 +29,7 @@ def _stop(_signal: int, _frame: object) -> None:
 
 
 def serve_until_stopped(server: FuseServer, undo: list[str]) -> None:
-    """Serve in this process (its main thread) until unmounted, SIGTERM or SIGINT; then take the server's mounts on
+    """Serve in this process (its main thread) until unmounted or one of STOP_SIGNALS; then take the server's mounts on
     *undo* away, last one first."""
     server.c.wake_fd, ring = os.pipe()
     for fd in (server.c.wake_fd, ring):

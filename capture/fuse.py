@@ -139,7 +139,8 @@ class FuseServer:
             if result == lib.FUSE_SERVE_REFRESH:
                 make = self._makers[self.c.refresh]
                 assert make is not None
-                self._set_text(self.c.refresh, make())
+                with contextlib.suppress(MemoryError):  # the report stays as it was, and the vmcore is served on
+                    self._set_text(self.c.refresh, make())
             elif result != -errno.EINTR:  # then the interpreter runs its signal handlers on the way round
                 raise Error(f"FUSE server of {self.target}: {os.strerror(-result)}")
             elif self.c.wake_fd >= 0:

@@ -30,6 +30,9 @@ PLAUSIBLE_SHARE = 0.5
 # Bytes; blocks of virtio-mem are at least this large in QEMU
 SMALLEST_BRIDGE = 1 << 20
 
+# Devices that only the dead kernel tells of; each is one more rule for every read. Machines have slots for some 30
+MAX_UNLOCATED = 64
+
 # What crashkernel= reserved beyond the capture kernel's own System RAM: elfcorehdr, purgatory, key areas
 MAX_RESERVED_BEYOND_OWN = 64 << 20
 
@@ -170,9 +173,7 @@ def install_rules(registry: Registry, env: Envelope, own: RangeSet, devices: Ite
     registry.register(deny_rule("capture kernel", own, "belongs to the capture kernel", page_size))
     for device in devices:
         if rule := device.rule(page_size):
-            if any(r.name == rule.name for r in registry):  # two that claim one region: what either refuses is refused
-                rule = rule._replace(name=f"{rule.name} ({device.name})")
-            registry.register(rule)
+            _register(registry, rule, device)
     if env.window:
         registry.register(deny_rule("hotplug window", env.window, "nothing tells what was plugged there", page_size))
 
@@ -184,9 +185,10 @@ def unlocated_devices(claimed: Iterable[Range], known: Envelope, gated: bool) ->
     a region that (virtio specification, "Memory Device"). *gated* if the in-kernel driver gates all such devices."""
     why = "known from the dead kernel only"
     possible = known.window if known.by_firmware else known.window | known.boot
-    return [
-        Device(f"virtio-mem {r.start:#x}", r, 0, 4096, 0, 0, 0, None, why, gated) for r in RangeSet(claimed) & possible
-    ]
+    found = RangeSet(claimed) & possible
+    if len(found) > MAX_UNLOCATED:  # no tree of a sound kernel: nothing of what it could speak about is believed
+        found = possible
+    return [Device(f"virtio-mem {r.start:#x}", r, 0, 4096, 0, 0, 0, None, why, gated) for r in found]
 
 
 def install_kernel_gated(registry: Registry, device: Device, system_ram: RangeSet, shown: RangeSet) -> None:
@@ -195,7 +197,14 @@ def install_kernel_gated(registry: Registry, device: Device, system_ram: RangeSe
     ram = system_ram & shown
     reason = "gated by the kernel, and not in its own vmcore"
     name = f"virtio-mem {device.region.start:#x}"
-    registry.register(allow_rule(name, device.region, ram, reason, registry.page_size))
+    _register(registry, allow_rule(name, device.region, ram, reason, registry.page_size), device)
+
+
+def _register(registry: Registry, rule: Rule, device: Device) -> None:
+    """Two devices that claim one region have a rule each: what either refuses is refused."""
+    if any(r.name == rule.name for r in registry):
+        rule = rule._replace(name=f"{rule.name} ({device.name})")
+    registry.register(rule)
 
 
 def install_reservations(registry: Registry, reserved: RangeSet) -> None:

@@ -69,6 +69,8 @@ def copy(vmcore: Vmcore, fd: int, sparse: bool, progress: Progress) -> None:
     c_buffer = ffi.from_buffer("uint8_t[]", buffer)
     view = memoryview(buffer)
     offset = 0
+    if sparse:
+        os.ftruncate(fd, vmcore.size)  # where that is more than the file system holds, it is better known now
     while size := vmcore.read_into(offset, c_buffer, CHUNK):
         if not sparse:
             _write_all(fd, view[:size])
@@ -78,8 +80,6 @@ def copy(vmcore: Vmcore, fd: int, sparse: bool, progress: Progress) -> None:
                 _write_all(fd, view[start:end])
         offset += size
         progress.show(offset)
-    if sparse:
-        os.ftruncate(fd, vmcore.size)
     progress.show(offset, final=True)
 
 

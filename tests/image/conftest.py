@@ -48,7 +48,7 @@ def small_machine(tmp_path_factory: pytest.TempPathFactory) -> Recorded:
     size, runs = 32 * BLOCK, [[0, 16], [20, 4]]
     kernel.document["virtio_mem"][0] |= {"region_size": size, "usable_region_size": size, "plugged": runs}
     kernel.document["virtio_mem"][0] |= {"plugged_size": 20 * BLOCK, "requested_size": 20 * BLOCK}
-    ram = [(DEVICE[0], DEVICE[0] + size - 1, "System RAM (virtio_mem)", RAM_TREE, [])]
+    ram: list[object] = [(DEVICE[0], DEVICE[0] + size - 1, "System RAM (virtio_mem)", RAM_TREE, [])]
     kernel.tree[-1] = (DEVICE[0], DEVICE[0] + size - 1, "virtio0", SYSTEM_RAM | EXCLUSIVE, ram)
     desc = kernel.finish_kernel()
     folder = kernel.write(tmp_path_factory.mktemp("small"))

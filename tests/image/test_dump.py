@@ -14,6 +14,7 @@ from pathlib import Path
 import drgn
 import pytest
 from elftools.elf.elffile import ELFFile
+from elftools.elf.segments import NoteSegment
 
 from guard.ranges import RangeSet
 from guard.witness.resources import EXCLUSIVE, SYSTEM_RAM
@@ -33,6 +34,7 @@ from tests.image.machines import (
     STALE,
     RecordedKernel,
     assert_memory,
+    data_extents,
     minus,
     oldmem,
     phdrs_of,
@@ -74,8 +76,6 @@ def test_poison_of_unplugged_blocks_is_nowhere_in_the_dump(saved: Path) -> None:
 
 
 def pieces(path: Path) -> list[bytes]:
-    from tests.image.machines import data_extents
-
     with path.open("rb") as stream:
         found = []
         for start, end in data_extents(path, path.stat().st_size):
@@ -128,12 +128,12 @@ def test_loop_devices_give_the_same_header_and_bytes(
     machine.document["virtio_mem"][0] |= {"plugged": [[0, 4], [70, 1], [80, 3]], "plugged_size": 8 * BLOCK}
     machine.finish_kernel()
     machine.write(tmp_path)
-    outs = [tmp_path / "plain.core", tmp_path / "loop.core"]
+    plain, looped = tmp_path / "plain.core", tmp_path / "loop.core"
     before = attached(tmp_path)
-    for out, more in zip(outs, ([], ["--loop"]), strict=True):
+    for out, more in ((plain, []), (looped, ["--loop"])):
         result = oldmem("save", "--machine", tmp_path, "--layout", layout, "-o", out, *more)
         assert (result.status, result.warnings) == (0, [])
-    assert filecmp.cmp(*outs, shallow=False)
+    assert filecmp.cmp(plain, looped, shallow=False)
     assert attached(tmp_path) == before == [], "no loop device is left behind"
     result = oldmem("map", "-v", "--machine", tmp_path, "--loop")
     assert "oldmem: memory read from images on loop devices" in result.lines
@@ -225,6 +225,7 @@ def test_pyelftools_reads_it(saved: Path, image_machine: Recorded) -> None:
         elf = ELFFile(stream)
         assert (elf["e_type"], elf["e_machine"]) == ("ET_CORE", "EM_X86_64")
         first, *rest = elf.iter_segments()
+        assert isinstance(first, NoteSegment)
         notes = [(n["n_name"], n["n_type"]) for n in first.iter_notes()]
         assert [name for name, _ in notes] == ["CORE", "CORE", "VMCOREINFO"]
         assert [(s["p_paddr"], s["p_memsz"]) for s in rest[1:]] == [(a, b - a) for a, b in READABLE]
@@ -312,7 +313,7 @@ def test_very_many_runs_are_bridged_in_the_header_but_not_in_the_guard(tmp_path:
         "plugged": [[n, 1] for n in range(0, blocks, 2)],
         "plugged_size": blocks // 2 * BLOCK,
     }
-    ram = [(1 << 40, (1 << 40) + blocks * BLOCK - 1, "System RAM (virtio_mem)", RAM_TREE, [])]
+    ram: list[object] = [(1 << 40, (1 << 40) + blocks * BLOCK - 1, "System RAM (virtio_mem)", RAM_TREE, [])]
     machine.tree[3] = (1 << 40, (1 << 40) + blocks * BLOCK - 1, "virtio0", SYSTEM_RAM | EXCLUSIVE, ram)
     machine.finish_kernel()
     machine.write(tmp_path)

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,10 +20,10 @@ NONE = RangeSet()
 
 
 @pytest.fixture
-def memory_file(tmp_path: Path) -> Iterator[str]:
+def memory_file(tmp_path: Path) -> str:
     path = tmp_path / "mem"
     path.write_bytes(b"".join(bytes((page,)) * PAGE for page in range(64)))
-    yield str(path)
+    return str(path)
 
 
 class Refusing:
@@ -111,7 +110,7 @@ def test_nothing_mappable_is_one_error_and_leaves_no_descriptor(
 
 
 def test_missing_device_is_one_error(tmp_path: Path) -> None:
-    with pytest.raises(SourceError, match="mem: No such file or directory$"):
+    with pytest.raises(SourceError, match=r"mem: No such file or directory$"):
         devmem.open_devmem(pages((2, 4)), NONE, NONE, path=str(tmp_path / "mem"))
 
 

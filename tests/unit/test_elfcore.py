@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The header's bytes against the ELF specification as pyelftools and readelf know it, and the layout of /proc/vmcore."""
+"""The header's bytes against the ELF specification, as pyelftools and readelf know it, and /proc/vmcore's layout."""
 
 from __future__ import annotations
 

@@ -146,7 +146,12 @@ def test_callback_that_raises_or_answers_nonsense_is_decided_by_its_policy(troub
 
 def test_callback_is_asked_once_for_each_block_and_never_by_reads() -> None:
     asked: list[int] = []
-    rule = callback_rule("plugin", Range(0, 8 * PAGE), 4 * PAGE, lambda p: not asked.append(p), "x")
+
+    def is_ram(paddr: int) -> bool:
+        asked.append(paddr)
+        return True
+
+    rule = callback_rule("plugin", Range(0, 8 * PAGE), 4 * PAGE, is_ram, "x")
     registry = Registry()
     registry.register(rule)
     for p in range(8):

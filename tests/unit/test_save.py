@@ -92,7 +92,7 @@ def test_existing_file_is_replaced_only_by_a_whole_dump(
         seen.append(out.read_bytes())
         rename(a, b)
 
-    monkeypatch.setattr(save_module.os, "rename", watched)
+    monkeypatch.setattr(os, "rename", watched)
     save(vmcore, str(out), io.StringIO())
     assert seen == [b"the dump of yesterday"]
     assert out.read_bytes() == vmcore.read(0, vmcore.size)

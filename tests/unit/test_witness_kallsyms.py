@@ -5,13 +5,13 @@ from __future__ import annotations
 
 import random
 import struct
-import time
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from guard.errors import WitnessError
+from guard.witness import kallsyms
 from guard.witness.kallsyms import lookup
 from guard.witness.memory import Problems
 from guard.witness.pagewalk import x86_64
@@ -115,15 +115,22 @@ def test_names_are_streamed_over_many_chunks() -> None:
     assert kernel.mem.reads < 200
 
 
-def test_a_kernels_worth_of_names_takes_little_time() -> None:
+def test_of_a_kernels_worth_of_names_only_the_wanted_ones_are_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
     kernel = DyingKernel()
     symbols = many_symbols(kernel, 20000)
     kernel.symbols += symbols * 8
     kernel.finish("base relative", [b"crash_", b"cpu_", b"per_", b"virtio_", b"page_", b"_init", b"Tget_", b"tput_"])
-    begin = time.process_time()
+    considered = 0
+    consider = kallsyms._NameScan._consider
+
+    def counting(scan: kallsyms._NameScan, index: int, codes: bytes) -> None:
+        nonlocal considered
+        considered += 1
+        consider(scan, index, codes)
+
+    monkeypatch.setattr(kallsyms._NameScan, "_consider", counting)
     look(kernel, frozenset({"iomem_resource", "crashk_res", "page_offset_base", "crash_notes", "__per_cpu_offset"}))
-    # 160000 names take some 50 ms on a desktop; the bound only tells a stream from a full decode.
-    assert time.process_time() - begin < 1.0
+    assert 0 < considered < 16_000
 
 
 def test_names_that_end_at_the_end_of_memory_are_all_read() -> None:
@@ -214,13 +221,12 @@ def test_random_bytes_as_tables_end_quickly_with_an_error(content: bytes) -> Non
     assert mem.reads < 1000
 
 
+@pytest.mark.timeout(60)
 def test_names_without_end_are_cut_off() -> None:
     kernel = DyingKernel()
     kernel.finish()
     content = bytearray(b"\1\xff" * 2048)
     mem = RandomMemory(bytes(content))
     info = kernel.info()
-    begin = time.process_time()
     with pytest.raises(WitnessError):
         lookup(x86_64(mem, info), info, frozenset({"_text"}), Problems())
-    assert time.process_time() - begin < 10
