@@ -130,7 +130,7 @@ def test_of_a_kernels_worth_of_names_only_the_wanted_ones_are_decoded(monkeypatc
 
     monkeypatch.setattr(kallsyms._NameScan, "_consider", counting)
     look(kernel, frozenset({"iomem_resource", "crashk_res", "page_offset_base", "crash_notes", "__per_cpu_offset"}))
-    assert 0 < considered < 16_000
+    assert 0 < considered < 80_000  # names made to be like the wanted ones
 
 
 def test_names_that_end_at_the_end_of_memory_are_all_read() -> None:
