@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 PREAD: int = lib.PHYSMEM_PREAD
 MMAP: int = lib.PHYSMEM_MMAP
 
-# 64 KiB of page tables for each window, and all of a small machine's RAM in the four of them
+# 256 KiB of page tables for each window of /dev/mem, 4 MiB for all of them, whatever the machine's size
 WINDOW_SIZE = 128 << 20
 MAX_FAULTS = 4096
 MAX_END, MAX_FILE_SIZE = 1 << 64, 1 << 63

@@ -14,7 +14,7 @@
 #include "gate.h"
 
 enum { PHYSMEM_PREAD, PHYSMEM_MMAP };
-enum { PHYSMEM_WINDOWS = 4 };
+enum { PHYSMEM_WINDOWS = 16 };
 
 struct physmem_segment {
 	uint64_t paddr, size;	/* bytes, whole pages */
