@@ -46,8 +46,8 @@ def serving() -> None:
     devices = (Device("vm0", 1024 * MiB, 480 * MiB),)
     # room for the page cache: in crashkernel=192M, with two sets of tools unpacked, makedumpfile's pages push out
     # each other, and the ratio tells of that
-    room = {"memory": 1024 * MiB, "below_4g": 768 * MiB, "crashkernel": "320M"}
-    with Guest("6.12", devices=devices, testing=True, **room) as g:
+    guest = Guest("6.12", memory=1024 * MiB, below_4g=768 * MiB, crashkernel="320M", devices=devices, testing=True)
+    with guest as g:
         g.load("s")
         g.crash()
         # the kernel's own file stays reachable beside ours
