@@ -79,9 +79,8 @@ class Dump:
         self.reserved = RangeSet()
         if self.dead:
             self._hear_witness(self.dead)
-        elif not self.envelope.by_firmware and any(not gated for _, gated in machine.unlocated):
-            names = ", ".join(name for name, _ in machine.unlocated)
-            raise Error(f"nothing tells where the memory of {names} is: what is unplugged of it cannot be left alone")
+        else:
+            self._refuse_unlocated()
         self.core = self._preloaded() if mode == PRELOADED else self._dynamic()
         self.vmcore = Vmcore(self.core, self.memory)
         self.registry.opened = True
@@ -164,9 +163,13 @@ class Dump:
 
     def _locate_devices(self, dead: DeadKernel) -> None:
         """A virtio-mem device that we could not even ask where it is, the dead kernel's driver had claimed."""
+        regions = dead.virtio_mem_regions()
         added = [r for r in dead.iomem() if r.name == "System RAM (virtio_mem)"]
-        claimed = [Range(r.start, r.end) for r in [*dead.virtio_mem_regions(), *added]]
+        claimed = [Range(r.start, r.end) for r in [*regions, *added]]
         unlocated = self.machine.unlocated
+        if len(regions) < len(unlocated):
+            self._refuse_unlocated()
+            claimed += self.envelope.window
         gated = bool(unlocated) and all(by_kernel for _, by_kernel in unlocated)
         for device in memory_map.unlocated_devices(claimed, self.envelope, gated):
             self.machine.devices.append(device)
@@ -177,6 +180,16 @@ class Dump:
             )
             if rule := device.rule(self.registry.page_size):
                 self.registry.register(rule)
+
+    def _refuse_unlocated(self) -> None:
+        """Nothing tells where the memory of some device is. The hotplug window, where it must be, is not read then; but
+        where no firmware tells window from boot RAM, going on could touch what is unplugged. Raises Error there."""
+        names = ", ".join(name for name, gated in self.machine.unlocated if not gated)
+        if not names:
+            return
+        if not self.envelope.by_firmware:
+            raise Error(f"nothing tells where the memory of {names} is: what is unplugged of it cannot be left alone")
+        self.problems.note(f"nothing tells where the memory of {names} is: no hot-plugged memory is read")
 
     def readable_runs(self) -> Iterator[Range]:
         """What may be read of old memory, in whole pages, ascending, one run at a time."""

@@ -18,6 +18,7 @@ from capture.memory_map import Device
 from guard.errors import Error, SourceError
 from guard.physmem import PREAD, Segment, only
 from guard.ranges import Range, RangeSet
+from guard.witness.resources import Resource
 from tests.image.machines import vmcore_header
 
 MIB = 1 << 20
@@ -174,3 +175,38 @@ def test_memory_of_the_capture_kernel_is_never_read_as_the_dead_machines(mode: s
     dump = build(fake(core=vmcore_header([(MIB, 32 * MIB), (48 * MIB, 64 * MIB)])), mode=mode)
     assert dump.memory.read(32 * MIB, 4096) == bytes(4096)
     assert dump.memory.read(48 * MIB, 8) == struct.pack("<Q", 48 * MIB | 1)
+
+
+def test_device_that_nothing_locates_costs_all_that_was_hot_plugged(fake: Fake) -> None:
+    machine = fake()
+    machine.unlocated = [("0000:00:04.0", False)]
+    dump = build(machine)
+    assert "nothing tells where the memory of 0000:00:04.0 is: no hot-plugged memory is read" in dump.problems
+    assert loads(dump) == [RAM]
+
+
+def test_device_that_nothing_locates_ends_it_where_firmware_does_not_tell_boot_ram(fake: Fake) -> None:
+    machine = fake(e820=False, core=vmcore_header([(2 * MIB, 32 * MIB)]))
+    machine.unlocated = [("0000:00:04.0", False)]
+    with pytest.raises(Error, match=r"nothing tells where the memory of 0000:00:04\.0 is: what is unplugged"):
+        build(machine)
+
+
+class SilentKernel:
+    """A dead kernel whose records say nothing of virtio-mem: damaged, or lying."""
+
+    def virtio_mem_regions(self) -> list[Resource]:
+        return []
+
+    iomem = virtio_mem_regions
+
+
+def test_dead_kernel_that_hides_a_device_does_not_open_the_hotplug_window(fake: Fake) -> None:
+    dump = build(fake())
+    dump.registry.opened = False
+    dump.envelope = dump.envelope._replace(window=RangeSet([REGION]))
+    dump.machine.unlocated = [("0000:00:04.0", False)]
+    dump._locate_devices(SilentKernel())  # type: ignore[arg-type]
+    assert dump.envelope.window == RangeSet()
+    assert not dump.registry.pfn_is_ram(REGION[0] // 4096)
+    assert [(d.region, d.bitmap) for d in dump.machine.devices] == [(Range(*REGION), None)]
