@@ -6,9 +6,14 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 from collections.abc import Generator
 
 import pytest
+
+# A shell starts background jobs with SIGINT ignored, and all that they start inherits it; tests send that signal.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # not /root, which is only where something lies
 REQUIRED = re.compile(
