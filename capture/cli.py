@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from capture.machine import Machine
 
 VERSION = "0.1.0"
-DONE, FAILED, USAGE, NOT_CAPTURE, INCOMPLETE = 0, 1, 2, 3, 4
+DONE, FAILED, NOT_CAPTURE, INCOMPLETE = 0, 1, 3, 4  # 2, usage, is argparse's
 MAX_LINES = 64  # of one kind on the console
 
 EPILOG = """exit status: 0 done, 1 failed, 2 usage, 3 not in a capture environment,

@@ -107,7 +107,6 @@ class FuseServer:
         self.c.fd, self.c.wake_fd, self.c.view = self.fd, -1, vmcore.c
         self.c.n, self.c.nodes = len(nodes), self._nodes
         self.c.max_read, self.c.buffer = MAX_READ, ffi.from_buffer("uint8_t[]", self._buffer)
-        self.c.buffer_size = MAX_READ
         self.c.time = int(time.time())
         mode = (stat.S_IFDIR | 0o500) if folder else (stat.S_IFREG | 0o400)
         options = f"fd={self.fd},rootmode={mode:o},user_id=0,group_id=0,max_read={MAX_READ}"
@@ -146,8 +145,3 @@ class FuseServer:
             elif self.c.wake_fd >= 0:
                 with contextlib.suppress(BlockingIOError):
                     os.read(self.c.wake_fd, 64)
-
-    def close(self) -> None:
-        """Unmount and end the connection."""
-        unmount(self.target)
-        os.close(self.fd)

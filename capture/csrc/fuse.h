@@ -32,7 +32,6 @@ struct fuse_server {
 	struct fuse_node *nodes;	/* [0] is the root: a folder, or the one file; node ids are index + 1 */
 	uint32_t max_read;		/* bytes of one READ */
 	uint8_t *buffer;		/* page aligned, max_read + one page */
-	size_t buffer_size;
 	int64_t time;			/* mtime of everything, seconds */
 	uint64_t requests, reads;
 	size_t refresh;			/* FUSE_SERVE_REFRESH: the text node that is looked up */

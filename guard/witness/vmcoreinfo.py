@@ -2,7 +2,7 @@
 """The dead kernel's VMCOREINFO note: ``KEY=value`` lines that tell where its own records are and how they are laid out.
 
 Note layout: include/linux/vmcore_info.h and kernel/vmcore_info.c. The size of the text is that of the kernel's page, or
-larger since 7.1, so only the note's own descsz counts. fw_cfg ``etc/vmcoreinfo``: QEMU docs/specs/vmcoreinfo.rst."""
+larger since 7.1, so only the note's own descsz counts."""
 
 from __future__ import annotations
 
@@ -144,18 +144,3 @@ def note_at(mem: Memory, paddr: int, limit: int = HEADER_SIZE + MAX_DESC) -> Vmc
     if note[12:23] != NOTE_NAME:
         raise WitnessError(f"vmcoreinfo at {paddr:#x}: name {note[12:23]!r} where VMCOREINFO was expected")
     return Vmcoreinfo(note[HEADER_SIZE : HEADER_SIZE + descsz], note, paddr)
-
-
-def from_fw_cfg(raw: bytes) -> tuple[int, int]:
-    """(physical address, size in bytes) of the note, from the 16 bytes of fw_cfg ``etc/vmcoreinfo``.
-
-    The guest writes them when it loads qemu_fw_cfg, unless it is a kdump kernel, so in the capture environment they are
-    the dead kernel's. Raises WitnessError if no guest has filled the file in, or the values are not plausible."""
-    if len(raw) != 16:
-        raise WitnessError(f"fw_cfg etc/vmcoreinfo: {len(raw)} bytes where 16 were expected")
-    _host_format, guest_format, size, paddr = struct.unpack("<HHIQ", raw)
-    if guest_format != 1:
-        raise WitnessError(f"fw_cfg etc/vmcoreinfo: guest_format {guest_format} where 1 (ELF note) was expected")
-    if not paddr or paddr % 4 or paddr >> 52 or not HEADER_SIZE < size <= HEADER_SIZE + MAX_DESC:
-        raise WitnessError(f"fw_cfg etc/vmcoreinfo: a note of {size:#x} bytes at {paddr:#x} is not plausible")
-    return paddr, size

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from guard.errors import ReadError, WitnessError
 from guard.ranges import RangeSet
 from guard.witness.scan import scan
-from guard.witness.vmcoreinfo import Vmcoreinfo, from_fw_cfg, note_at
+from guard.witness.vmcoreinfo import Vmcoreinfo, note_at
 from tests.unit.witness_memory import FakeMemory, vmcoreinfo_note
 
 TEXT = (
@@ -160,30 +160,6 @@ def test_a_note_that_runs_out_of_memory_is_a_read_error() -> None:
     mem.write(0x7000, struct.pack("<III", 11, 8192, 0) + b"VMCOREINFO\0\0")
     with pytest.raises(ReadError):
         note_at(mem, 0x7000)
-
-
-def test_fw_cfg_gives_address_and_size() -> None:
-    assert from_fw_cfg(struct.pack("<HHIQ", 0, 1, 0x1024, 0x13A5000)) == (0x13A5000, 0x1024)
-
-
-@pytest.mark.parametrize(
-    "raw",
-    [
-        b"",
-        bytes(15),
-        bytes(16),
-        struct.pack("<HHIQ", 1, 0, 0x1024, 0x13A5000),
-        struct.pack("<HHIQ", 0, 2, 0x1024, 0x13A5000),
-        struct.pack("<HHIQ", 0, 1, 0x1024, 0),
-        struct.pack("<HHIQ", 0, 1, 0, 0x13A5000),
-        struct.pack("<HHIQ", 0, 1, 0xFFFFFFFF, 0x13A5000),
-        struct.pack("<HHIQ", 0, 1, 0x1024, 0x13A5001),
-        struct.pack("<HHIQ", 0, 1, 0x1024, 1 << 60),
-    ],
-)
-def test_fw_cfg_that_no_guest_filled_in_is_refused(raw: bytes) -> None:
-    with pytest.raises(WitnessError):
-        from_fw_cfg(raw)
 
 
 NO_CRASH = TEXT.replace(b"CRASHTIME=1764000000\n", b"")
