@@ -96,10 +96,9 @@ class Dump:
 
     def _widen_by_preloaded(self) -> None:
         """Without any firmware source the kernel's own header is the best there is; it was right once."""
-        header = self.machine.core_header
-        if self.envelope.boot or header is None:
+        if self.envelope.boot or self.machine.core_header is None:
             return
-        ram = RangeSet((p.paddr, p.paddr + p.memsz) for p in header.loads) - self.envelope.regions
+        ram = self.preloaded_ranges() - self.envelope.regions
         self.envelope = self.envelope._replace(boot=ram, source="preloaded header", by_firmware=False)
         self.problems.note("no firmware source tells of boot RAM; the preloaded header's PT_LOADs are taken for it")
 

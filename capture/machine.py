@@ -20,6 +20,7 @@ from guard.errors import Error, SourceError
 from guard.physmem import PREAD, Segment, layer, only
 from guard.procvmcore import CoreHeader
 from guard.ranges import Range, RangeSet
+from guard.virtio_search import set_blocks
 from guard.witness.memory import Problems
 
 SOURCES = {
@@ -230,17 +231,16 @@ class ImageMachine(Machine):
         self.images = RangeSet((r.paddr, r.paddr + r.size) for r in record.ram)
         for v in record.virtio_mem:
             blocks = v.usable_region_size // v.block_size
-            digits = bytearray(b"0") * blocks
+            bitmap = bytearray((blocks + 7) // 8)
             for first, count in v.plugged:
-                digits[first : first + count] = b"1" * count
-            bitmap = int(digits[::-1] or b"0", 2).to_bytes((blocks + 7) // 8, "little")
+                set_blocks(bitmap, first, count)
             region = Range(v.addr, v.addr + v.region_size)
             self.devices.append(
                 Device(
                     f"virtio-mem {v.addr:#x}",
                     region,
                     *(v.usable_region_size, v.block_size, v.plugged_size, v.requested_size, v.node_id),
-                    bitmap,
+                    bytes(bitmap),
                     "recorded",
                 )
             )

@@ -408,48 +408,43 @@ def test_sigterm_unmounts_and_ends_both_even_while_a_reader_keeps_the_server_bus
             reader.wait(timeout=20)
 
 
+@pytest.fixture
+def foreground(mounts: Mounts, tmp_path: Path) -> Iterator[tuple[subprocess.Popen[bytes], Path]]:
+    """A server in the foreground that has served, and where it is mounted."""
+    target = tmp_path / "mnt"
+    target.mkdir()
+    mounts.targets.append(target)
+    server = subprocess.Popen(
+        [sys.executable, "-m", "capture", "mount", "--foreground", "--machine", mounts.machine, target],
+        stderr=subprocess.PIPE,
+    )
+    try:
+        wait_until("mounted", lambda: mounts_on(target))
+        assert ask("print(open(sys.argv[1], 'rb').read(4))", target / "vmcore") == "b'\\x7fELF'\n"
+        yield server, target
+    finally:
+        server.kill()
+        server.wait()
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_foreground_server_ends_cleanly_by_signals_even_several(
-    number: signal.Signals, mounts: Mounts, tmp_path: Path
+    number: signal.Signals, foreground: tuple[subprocess.Popen[bytes], Path]
 ) -> None:
-    target = tmp_path / "mnt"
-    target.mkdir()
-    mounts.targets.append(target)
-    server = subprocess.Popen(
-        [sys.executable, "-m", "capture", "mount", "--foreground", "--machine", mounts.machine, target],
-        stderr=subprocess.PIPE,
-    )
-    try:
-        wait_until("mounted", lambda: mounts_on(target))
-        assert ask("print(open(sys.argv[1], 'rb').read(4))", target / "vmcore") == "b'\\x7fELF'\n"
+    server, target = foreground
+    server.send_signal(number)
+    with contextlib.suppress(ProcessLookupError):
         server.send_signal(number)
-        with contextlib.suppress(ProcessLookupError):
-            server.send_signal(number)
-        assert server.communicate(timeout=20)[1] == b""
-        assert server.returncode == 0
-        assert not mounts_on(target)
-    finally:
-        server.kill()
-        server.wait()
+    assert server.communicate(timeout=20)[1] == b""
+    assert server.returncode == 0
+    assert not mounts_on(target)
 
 
-def test_foreground_server_ends_by_umount(mounts: Mounts, tmp_path: Path) -> None:
-    target = tmp_path / "mnt"
-    target.mkdir()
-    mounts.targets.append(target)
-    server = subprocess.Popen(
-        [sys.executable, "-m", "capture", "mount", "--foreground", "--machine", mounts.machine, target],
-        stderr=subprocess.PIPE,
-    )
-    try:
-        wait_until("mounted", lambda: mounts_on(target))
-        assert ask("print(open(sys.argv[1], 'rb').read(4))", target / "vmcore") == "b'\\x7fELF'\n"
-        subprocess.run(["umount", target], check=True, timeout=20)
-        assert server.communicate(timeout=20)[1] == b""
-        assert server.returncode == 0
-    finally:
-        server.kill()
-        server.wait()
+def test_foreground_server_ends_by_umount(foreground: tuple[subprocess.Popen[bytes], Path]) -> None:
+    server, target = foreground
+    subprocess.run(["umount", target], check=True, timeout=20)
+    assert server.communicate(timeout=20)[1] == b""
+    assert server.returncode == 0
 
 
 def test_two_mounts_at_once_do_not_know_of_each_other(mounts: Mounts, tmp_path: Path, saved_small: Path) -> None:
