@@ -27,6 +27,8 @@ MNT_DETACH = 2
 
 # One READ: the most that FUSE_MAX_PAGES allows by default; makedumpfile and dd live on large requests
 MAX_READ = 1 << 20
+HUGE_PAGE = 2 << 20
+MADV_COLLAPSE = 25  # Linux 6.1; works where transparent huge pages are off, as they are below 512 MiB of RAM
 READ_AHEAD_KB = 1024
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -68,6 +70,18 @@ def mounted_device(target: str) -> str | None:
     return found
 
 
+def _huge_page() -> CData:
+    """A buffer of at least MAX_READ bytes, one huge page if the kernel has it: for each reply it looks up every page of
+    the buffer by itself, and needs a tenth less time for all of it where that is one huge page."""
+    memory = mmap.mmap(-1, 2 * HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    buffer = ffi.from_buffer("uint8_t[]", memory)
+    offset = -int(ffi.cast("uintptr_t", buffer)) % HUGE_PAGE
+    memory[offset] = 0  # what nothing is mapped in cannot be collapsed
+    with contextlib.suppress(OSError):
+        memory.madvise(MADV_COLLAPSE, offset, HUGE_PAGE)
+    return ffi.from_buffer("uint8_t[]", memoryview(memory)[offset : offset + HUGE_PAGE])
+
+
 class FuseServer:
     """A mounted FUSE file system that waits to be served.
 
@@ -98,7 +112,7 @@ class FuseServer:
         self._nodes = ffi.new("struct fuse_node[]", len(nodes))
         for c, (kind, name, _) in zip(self._nodes, nodes, strict=True):
             c.kind, c.name = kind, name.encode()
-        self._buffer = mmap.mmap(-1, MAX_READ)
+        self._buffer = _huge_page()
         try:
             self.fd = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
         except OSError as e:
@@ -106,7 +120,7 @@ class FuseServer:
         self.c: CData = ffi.new("struct fuse_server *")
         self.c.fd, self.c.wake_fd, self.c.view = self.fd, -1, vmcore.c
         self.c.n, self.c.nodes = len(nodes), self._nodes
-        self.c.max_read, self.c.buffer = MAX_READ, ffi.from_buffer("uint8_t[]", self._buffer)
+        self.c.max_read, self.c.buffer = MAX_READ, self._buffer
         self.c.time = int(time.time())
         mode = (stat.S_IFDIR | 0o500) if folder else (stat.S_IFREG | 0o400)
         options = f"fd={self.fd},rootmode={mode:o},user_id=0,group_id=0,max_read={MAX_READ}"

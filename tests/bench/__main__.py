@@ -14,7 +14,7 @@ from initramfs.builder import Builder
 from tests.bench.footprint import footprint
 from tests.vm.harness import Device, Guest, MiB, missing, prefetch
 
-ROUNDS = 5
+ROUNDS = 9
 PLUG_SCRIPT = Path(__file__).with_name("plug.py")
 KERNELS, OURS = "/proc/vmcore", "/run/oldmem"
 
@@ -27,14 +27,28 @@ def seconds(g: Guest, command: str) -> float:
     return end - start
 
 
-def ratio(g: Guest, ours: str, peer: str) -> list[float]:
-    """Time of *ours* over time of *peer*, in turn. One unmeasured round first warms the host's memory."""
-    seconds(g, ours), seconds(g, peer)
-    return [seconds(g, ours) / seconds(g, peer) for _ in range(ROUNDS)]
+class Ratios:
+    """Time of *ours* over time of *peer*, in turn. One unmeasured round first warms the host's memory.
+
+    Noise only ever adds time, so the best of each over the best of the other is the steadier figure on a shared
+    machine; the median of the pairs and how far they spread stand beside it."""
+
+    def __init__(self, g: Guest, ours: str, peer: str) -> None:
+        seconds(g, ours), seconds(g, peer)
+        pairs = [(seconds(g, ours), seconds(g, peer)) for _ in range(ROUNDS)]
+        self.pairs = [a / b for a, b in pairs]
+        self.best = min(a for a, _ in pairs) / min(b for _, b in pairs)
+
+    def __str__(self) -> str:
+        return f"{self.best:.2f}; pairs {spread(self.pairs)}"
+
+    def speed(self) -> str:
+        """The same as ratios of speed."""
+        return f"{1 / self.best:.2f}; pairs {spread([1 / r for r in self.pairs])}"
 
 
 def row(what: str, value: str, budget: str) -> None:
-    print(f"{what:<68} {value:<24} {budget}", flush=True)
+    print(f"{what:<72} {value:<34} {budget}", flush=True)
 
 
 def spread(values: list[float]) -> str:
@@ -42,26 +56,32 @@ def spread(values: list[float]) -> str:
     return f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
 
 
-def serving() -> None:
+def crashed(crashkernel: str) -> Guest:
+    """A guest that dies with 480 of 1024 MiB plugged."""
     devices = (Device("vm0", 1024 * MiB, 480 * MiB),)
-    # room for the page cache: in crashkernel=192M, with two sets of tools unpacked, makedumpfile's pages push out
-    # each other, and the ratio tells of that
-    guest = Guest("6.12", memory=1024 * MiB, below_4g=768 * MiB, crashkernel="320M", devices=devices, testing=True)
-    with guest as g:
-        g.load("s")
-        g.crash()
-        # the kernel's own file stays reachable beside ours
-        g.sh("oldmem init -q && umount /proc/vmcore")
-        copy = "dd if={} of=/dev/null bs=1M"
-        times = ratio(g, copy.format(f"{OURS}/vmcore.direct"), copy.format(KERNELS))
-        speeds = [1 / t for t in times]
-        row("dd bs=1M: speed of vmcore.direct / of the kernel's /proc/vmcore", spread(speeds), ">= 1.6")
-        dump = "makedumpfile-testing -F -l -d 31 {} >/dev/null"
-        times = ratio(g, dump.format(f"{OURS}/vmcore"), dump.format(KERNELS))
-        row("makedumpfile -d 31: time over vmcore / over the kernel's", spread(times), "<= 2.2")
-        peaks = g.sh("for p in $(pidof oldmem); do grep VmHWM /proc/$p/status; done").split()
+    below = 768 * MiB if crashkernel == "320M" else 1024 * MiB
+    return Guest("6.12", memory=1280 * MiB, below_4g=below, crashkernel=crashkernel, devices=devices, testing=True)
+
+
+def serving() -> None:
+    # makedumpfile reads 250 MB through the page cache: in 320M its pages push out each other, and the ratio tells
+    for crashkernel in ("512M", "320M"):
+        with crashed(crashkernel) as g:
+            g.load("s")
+            g.crash()
+            # the kernel's own file stays reachable beside ours
+            g.sh("oldmem init -q && umount /proc/vmcore")
+            if crashkernel == "512M":
+                copy = "dd if={} of=/dev/null bs=1M"
+                ratios = Ratios(g, copy.format(f"{OURS}/vmcore.direct"), copy.format(KERNELS))
+                row("dd bs=1M: speed of vmcore.direct / of the kernel's /proc/vmcore", ratios.speed(), ">= 1.6")
+            dump = "makedumpfile-testing -F -l -d 31 {} >/dev/null"
+            ratios = Ratios(g, dump.format(f"{OURS}/vmcore"), dump.format(KERNELS))
+            what = f"makedumpfile -d 31: time over vmcore / over the kernel's, {crashkernel}"
+            row(what, str(ratios), "<= 2.2")
+            peaks = g.sh("for p in $(pidof oldmem); do grep VmHWM /proc/$p/status; done").split()
         most = max(int(word) for word in peaks if word.isdigit())
-        row("oldmem init: peak memory of its server", f"{most / 1024:.1f} MB", "<= 16 MB")
+        row(f"oldmem init: peak memory of its server, {crashkernel}", f"{most / 1024:.1f} MB", "<= 16 MB")
 
 
 def plug_queries() -> None:
