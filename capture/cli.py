@@ -50,10 +50,13 @@ def write_out(data: bytes, path: str) -> None:
 
 
 def open_machine(args: argparse.Namespace) -> Machine:
+    from capture import recorded
     from capture.machine import ImageMachine, LiveMachine
 
     if args.machine is not None:
-        return ImageMachine(args.machine, args.loop)
+        return ImageMachine(recorded.load(args.machine), args.loop)
+    if args.image is not None:
+        return ImageMachine(recorded.of_image(args.image), args.loop)
     return LiveMachine(args.source, args.force)
 
 
@@ -196,8 +199,10 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--version", action="version", version=f"oldmem {VERSION}")
     machine = argparse.ArgumentParser(add_help=False, formatter_class=_Help)
     group = machine.add_argument_group("machine (default: the one that this capture kernel came from)")
-    group.add_argument("--machine", metavar="DIR", help="a recorded machine: folder with machine.json and images")
-    group.add_argument("--loop", action="store_true", help="attach its images as read-only loop devices")
+    which = group.add_mutually_exclusive_group()
+    which.add_argument("--machine", metavar="DIR", help="a recorded machine: folder with machine.json and images")
+    which.add_argument("--image", metavar="FILE", help="an image of all RAM of an s390x machine, and nothing beside it")
+    group.add_argument("--loop", action="store_true", help="attach images as read-only loop devices")
     group.add_argument("--source", choices=("auto", "devmem", "vmcore"), default="auto", help="where to read memory")
     group.add_argument("--force", action="store_true", help="go on where this does not look like a capture kernel")
     machine.add_argument("-v", "--verbose", action="store_true", help="tell what each source could not read")

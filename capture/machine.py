@@ -10,11 +10,13 @@ import errno
 import os
 import stat
 
-from capture import recorded
+from capture.arch import Arch
 from capture.memory_map import Device
+from capture.recorded import RecordedMachine
+from capture.s390x import S390x
 from capture.sources import cmdline, files, firmware_memmap, fw_cfg, iomem, memory_blocks, report, smbios, srat
 from capture.sources.report import SourceReport
-from capture.x86_64 import LOW_MEMORY
+from capture.x86_64 import X86_64
 from guard import devmem, loop, procvmcore, virtio_mem
 from guard.errors import Error, SourceError
 from guard.physmem import PREAD, Segment, layer, only
@@ -34,6 +36,9 @@ SOURCES = {
 }
 
 
+ARCHES: dict[str, type[Arch]] = {arch.name: arch for arch in (X86_64, S390x)}
+
+
 class NotCaptureError(Error):
     """This is no capture environment: there is no dead machine whose memory could be read."""
 
@@ -41,7 +46,6 @@ class NotCaptureError(Error):
 class Machine:
     """Facts and files; nothing is decided here. Close it when done."""
 
-    arch: str
     page_size = 4096
     images = RangeSet()
     vmcoreinfo_paddr: int | None = None
@@ -49,9 +53,14 @@ class Machine:
     phdr_note_align: int | None = None
     core_header: CoreHeader | None = None
     core_fd: int | None = None
+    header_is_the_kernels = False
+    """The running kernel built the header of its /proc/vmcore itself, after the crash: there is none better."""
 
-    def __init__(self, root: str) -> None:
+    def __init__(self, root: str, arch: str) -> None:
+        if arch not in ARCHES:
+            raise Error(f"machine architecture {arch}: headers are built for {' and '.join(ARCHES)} only")
         self.root = root
+        self.arch: Arch = ARCHES[arch](self)
         self.problems = Problems(192)  # of each source up to 17 lines, and then some
         self.remarks = Problems()  # nothing wrong, but worth knowing: shown on request
         self.reports: dict[str, SourceReport] = {name: read(root) for name, read in SOURCES.items()}
@@ -61,10 +70,14 @@ class Machine:
         self.unmapped: list[tuple[Range, str]] = []  # what the first choice of source refused, and why
         self._fds: list[int] = []
         self._loops: list[loop.LoopDevice] = []
-        self.own = self.reports["iomem"].ranges(report.OWN_RAM) | RangeSet([LOW_MEMORY])
         for f in self.reports["fw_cfg"].findings:
             if f.kind == report.VMCOREINFO:
                 self.vmcoreinfo_paddr = f.start
+
+    @property
+    def own(self) -> RangeSet:
+        """What belongs to the capture kernel."""
+        return self.arch.own()
 
     def open_segments(self, wanted: RangeSet) -> list[Segment]:
         """The files that show *wanted* (whole pages). Raises SourceError if there is none."""
@@ -112,8 +125,7 @@ class LiveMachine(Machine):
     *source* is "devmem", "vmcore" or "auto"; *force* skips the test for a capture environment."""
 
     def __init__(self, source: str = "auto", force: bool = False) -> None:
-        super().__init__("/")
-        self.arch = os.uname().machine
+        super().__init__("/", os.uname().machine)
         self._wanted_source = source
         elfcorehdr = any(f.kind == report.ELFCOREHDR for f in self.reports["cmdline"].findings)
         self.kdump_mode = elfcorehdr or os.path.exists(procvmcore.PATH)
@@ -121,12 +133,23 @@ class LiveMachine(Machine):
             raise NotCaptureError(
                 f"this is no capture environment: no {procvmcore.PATH} and no elfcorehdr= (--force: go on anyway)"
             )
-        if not self.reports["iomem"].ranges(report.OWN_RAM):
+        self.header_is_the_kernels = self.arch.kernel_builds_header
+        if self.header_is_the_kernels:
+            self._wanted_source = self._only_vmcore(source)
+        elif not self.reports["iomem"].ranges(report.OWN_RAM):
             raise Error(f"{self.reports['iomem'].problems[0]}; without it own memory cannot be told from old memory")
         self._refuse_danger()
         self._open_core(procvmcore.PATH, procvmcore.PATH)
         self.own_vmcoreinfo = _own_vmcoreinfo()
-        self.devices = self._query_devices()
+        if not self.header_is_the_kernels:
+            self.devices = self._query_devices()
+
+    def _only_vmcore(self, source: str) -> str:
+        """Where the kernel builds the header, its drivers also add the memory of virtio-mem devices to it, and gate it:
+        what the devices say is in /proc/vmcore already, and taking them from their drivers would lose that."""
+        if source == "devmem":
+            raise Error(f"--source devmem: on {self.arch.name} only {procvmcore.PATH} shows old memory")
+        return "vmcore"
 
     def _refuse_danger(self) -> None:
         """Outside kdump mode the in-kernel virtio_mem driver sends UNPLUG_ALL and destroys what we are here to save."""
@@ -207,19 +230,19 @@ def _own_vmcoreinfo() -> int | None:
 
 class ImageMachine(Machine):
     """A recorded machine: images for memory, copies of /sys and /proc for facts. *use_loop* attaches the images as
-    read-only loop devices. Raises SourceError (machine.json, images) or DeviceError (loop devices)."""
+    read-only loop devices. Raises SourceError (images), DeviceError (loop devices), or Error."""
 
-    def __init__(self, folder: str, use_loop: bool = False) -> None:
-        self.record = record = recorded.load(folder)
-        super().__init__(record.root_path)
-        self.arch, self.page_size = record.arch, record.page_size
+    def __init__(self, record: RecordedMachine, use_loop: bool = False) -> None:
+        self.record = record
+        super().__init__(record.root_path, record.arch)
+        self.page_size = record.page_size
         if record.vmcoreinfo_paddr is not None:
             self.vmcoreinfo_paddr = record.vmcoreinfo_paddr
         self.phdr_note_align = record.phdr_note_align
         self._use_loop = use_loop
         for line in record.notes:
             self.problems.note(line)
-        if not self.reports["iomem"].available:
+        if not (self.arch.kernel_builds_header or self.reports["iomem"].available):
             self.problems.note(
                 f"{self.reports['iomem'].problems[0]}; only the first MiB is taken to be the capture kernel's own"
             )
@@ -244,8 +267,18 @@ class ImageMachine(Machine):
                     "recorded",
                 )
             )
+        try:
+            self._segments = self._open_images()
+            self.arch.look(self._segments)
+        except BaseException:
+            self.close()
+            raise
 
     def open_segments(self, wanted: RangeSet) -> list[Segment]:
+        return only(self.arch.old_view(self._segments), wanted)
+
+    def _open_images(self) -> list[Segment]:
+        """All images, by the addresses that memory had when they were taken."""
         parts = [(r.image, r.offset, r.paddr, r.size) for r in self.record.ram]
         parts += [(v.image, v.offset, v.addr, v.region_size) for v in self.record.virtio_mem if v.image is not None]
         opened: dict[str, int] = {}
@@ -256,7 +289,7 @@ class ImageMachine(Machine):
                 opened[path] = self._open_image(path)
             found.append(Segment(paddr, size, opened[path], offset, PREAD, path))
         self.source = "images" + (" on loop devices" if self._use_loop else "")
-        return only(found, wanted)
+        return found
 
     def _open_image(self, path: str) -> int:
         if self._use_loop and os.path.isfile(path):

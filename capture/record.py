@@ -67,6 +67,9 @@ def record(dump: Dump, folder: str) -> list[str]:
     machine = dump.machine
     if not isinstance(machine, LiveMachine):
         raise Error("record writes down the machine that this capture kernel came from; --machine names one that is")
+    if machine.header_is_the_kernels:
+        raise Error(f"on {machine.arch.name} nothing needs recording: an image of all RAM is enough (--image)")
+    info = dump.arch.info
     unknown = [d.name for d in machine.devices if d.bitmap is None]
     if unknown:
         raise Error(f"the plug state of {', '.join(unknown)} is not known: a record of it would be wrong")
@@ -96,13 +99,13 @@ def record(dump: Dump, folder: str) -> list[str]:
         folder,
         RecordedMachine(
             folder,
-            machine.arch,
+            machine.arch.name,
             tuple(ram),
             tuple(virtio),
             capture_release=os.uname().release,
             page_size=machine.page_size,
             phdr_note_align=machine.phdr_note_align,
-            vmcoreinfo_paddr=dump.info.paddr if dump.info else None,
+            vmcoreinfo_paddr=info.paddr if info else None,
         ),
     )
     lines = [f"{files} files of /sys and /proc and {folder}/machine.json written"]

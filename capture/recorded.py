@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, NoReturn
 from guard.errors import SourceError
 from guard.virtio_mem import MAX_BLOCKS
 
+from . import s390x_capture
 from .sources.report import one_line, shown
 
 FORMAT = 1
@@ -99,6 +100,24 @@ def load(folder: str) -> RecordedMachine:
         if not os.path.realpath(machine.resolve(name)).startswith(inside)
     ]
     return machine._replace(notes=tuple(notes))
+
+
+def of_image(path: str) -> RecordedMachine:
+    """A machine of which there is nothing but *path*, an image of all its RAM from address 0 on.
+
+    Only s390x capture kernels tell by themselves what they are and what they dump, so it must be one of those. Raises
+    SourceError where it is not."""
+    size = _image_size(path, path) & -PAGE_SIZES["s390x"][0]
+    try:
+        with open(path, "rb") as image:
+            image.seek(s390x_capture.MAGIC_AT)
+            found = image.read(len(s390x_capture.MAGIC))
+    except OSError as error:
+        raise _error(f"{path}: {error.strerror}") from None
+    if why := s390x_capture.not_s390x(found):
+        raise _error(f"{path}: not the memory of an s390x machine ({why}); of others a machine.json must tell more")
+    folder, name = os.path.split(os.path.abspath(path))
+    return RecordedMachine(folder, "s390x", (RamImage(name, 0, 0, size),), root=f"{name}.root")
 
 
 def save(folder: str, machine: RecordedMachine) -> None:
@@ -337,20 +356,25 @@ def _images(machine: RecordedMachine) -> list[tuple[str, str, int]]:
 
 
 def _check_image(place: str, path: str, expected: int) -> None:
+    found = _image_size(place, path)
+    if found < expected:
+        raise _error(f"{place}: {path} has {found} bytes, expected at least {expected}")
+
+
+def _image_size(place: str, path: str) -> int:
+    prefix = path if place == path else f"{place}: {path}"
     try:
         mode = os.stat(path).st_mode
         if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
-            raise _error(f"{place}: {path} is neither a regular file nor a block device")
+            raise _error(f"{prefix} is neither a regular file nor a block device")
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         try:
             # A block device states no size in stat().
-            found = os.lseek(fd, 0, os.SEEK_END)
+            return os.lseek(fd, 0, os.SEEK_END)
         finally:
             os.close(fd)
     except OSError as error:
-        raise _error(f"{place}: {path}: {error.strerror}") from None
-    if found < expected:
-        raise _error(f"{place}: {path} has {found} bytes, expected at least {expected}")
+        raise _error(f"{prefix}: {error.strerror}") from None
 
 
 def _read_json(file: str) -> object:

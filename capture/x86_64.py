@@ -1,16 +1,26 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """What is particular to x86_64 in a vmcore: kernel text PT_LOAD, direct map addresses, notes, and which ranges the
-kernel itself would put into the header (arch/x86/kernel/crash.c, kernel/crash_core.c)."""
+kernel itself would put into the header (arch/x86/kernel/crash.c, kernel/crash_core.c). The dead kernel's records are
+found through its VMCOREINFO note and its page tables."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING
 
+from capture import memory_map
+from capture.arch import Arch, Shape
 from capture.elfcore import Load
+from capture.sources import report
+from guard import procvmcore
+from guard.errors import Error, ReadError, WitnessError
+from guard.physmem import covered
 from guard.ranges import Range, RangeSet
 from guard.witness.dead_kernel import DeadKernel
-from guard.witness.memory import Problems
-from guard.witness.vmcoreinfo import Vmcoreinfo
+from guard.witness.scan import scan
+from guard.witness.vmcoreinfo import Vmcoreinfo, note_at
+
+if TYPE_CHECKING:
+    from capture.dump import Dump
 
 EM_X86_64 = 62
 
@@ -21,40 +31,128 @@ LOW_MEMORY = Range(0, 1 << 20)
 # PAGE_OFFSET of 4-level page tables without KASLR: the best guess where no witness tells
 DEFAULT_PAGE_OFFSET = 0xFFFF888000000000
 
-
-class Shape(NamedTuple):
-    """What a header says beyond which memory there is. *page_offset* is the virtual address of physical 0."""
-
-    machine: int
-    text: Load | None
-    page_offset: int
-    notes: bytes
-
-    def load(self, r: Range) -> Load:
-        return Load(r.start, (self.page_offset + r.start) % (1 << 64), r.size)
+# p_align of the merged PT_NOTE where no /proc/vmcore shows what the running kernel does: what current ones do
+DEFAULT_NOTE_ALIGN = 4
 
 
-def shape(dead: DeadKernel | None, info: Vmcoreinfo | None, problems: Problems) -> Shape:
-    """Notes in the kernel's order: NT_PRSTATUS of each possible CPU that saved one, then VMCOREINFO."""
-    notes = b""
-    text = None
-    page_offset = DEFAULT_PAGE_OFFSET
-    if dead:
-        page_offset = dead.page_offset()
-        notes = b"".join(cpu.notes for cpu in dead.cpu_notes())
-        if image := dead.text():
-            text = Load(image.paddr, image.vaddr, image.size)
-    else:
-        problems.note(
-            f"no page tables of the dead kernel: no CPU notes, no kernel text PT_LOAD, p_vaddr from {page_offset:#x}"
+class X86_64(Arch):
+    name = "x86_64"
+
+    def own(self) -> RangeSet:
+        return self.machine.reports["iomem"].ranges(report.OWN_RAM) | RangeSet([LOW_MEMORY])
+
+    def hear(self, dump: Dump) -> None:
+        self.info = self._find_vmcoreinfo(dump)
+        self.dead = self._question(dump)
+        if self.dead:
+            self._hear_witness(dump, self.dead)
+        else:
+            self._refuse_unlocated(dump)
+
+    def _find_vmcoreinfo(self, dump: Dump) -> Vmcoreinfo | None:
+        paddr = self.machine.vmcoreinfo_paddr
+        if paddr is not None:
+            try:
+                return note_at(dump.exact, paddr)
+            except (WitnessError, ReadError) as e:
+                dump.problems.note(f"VMCOREINFO note at {paddr:#x}, where it was said to be: {e}; searching for it")
+        # in boot RAM only: the kernel allocates the page of its note (crash_save_vmcoreinfo_init, a subsys_initcall)
+        # before any driver of hot-plugged memory starts
+        searched = dump.registry.ram(dump.envelope.boot & dump.memory.covered)
+        found = scan(dump.exact, searched, self.machine.own_vmcoreinfo)
+        if not found:
+            dump.problems.note(f"no VMCOREINFO note in {searched.size >> 20} MiB of old memory: no notes, no symbols")
+            return None
+        best = found[0]
+        dump.problems.note(
+            f"VMCOREINFO note found by searching at {best.info.paddr or 0:#x} ({', '.join(best.reasons)})"
         )
-    if info:
-        notes += info.note
-    return Shape(EM_X86_64, text, page_offset, notes)
+        return best.info
 
+    def _question(self, dump: Dump) -> DeadKernel | None:
+        if self.info is None:
+            return None
+        try:
+            return DeadKernel(dump.exact, self.info)
+        except (WitnessError, ReadError) as e:
+            dump.problems.note(f"dead kernel's records: {e}; firmware and devices alone are believed")
+            return None
 
-def kernel_ranges(dead: DeadKernel, reserved: RangeSet) -> list[Range]:
-    """The PT_LOAD ranges that kexec_file_load(2) writes: each System RAM resource by itself, in the tree's order,
-    less low memory and the crash reservations."""
-    excluded = RangeSet([LOW_MEMORY]) | reserved
-    return [piece for r in dead.system_ram() for piece in RangeSet([(r.start, r.end)]) - excluded]
+    def _hear_witness(self, dump: Dump, dead: DeadKernel) -> None:
+        reserved = [(r.name, r.start, r.end) for r in dead.reservations()]
+        self.reserved = memory_map.plausible_reservations(reserved, self.own(), dump.problems)
+        memory_map.install_reservations(dump.registry, self.reserved - dump.backed_up())
+        system_ram = RangeSet((r.start, r.end) for r in dead.system_ram())
+        self._locate_devices(dump, dead)
+        witnessed = memory_map.witnessed_ram(dump.envelope, system_ram, dump.problems)
+        if witnessed is not None:
+            self.system_ram = system_ram
+            memory_map.install_witness(dump.registry, dump.envelope, witnessed)
+        shown = covered(s for s in dump.memory.segments if s.name == procvmcore.PATH)
+        for device in self.machine.devices:
+            if device.gated_by_kernel:
+                memory_map.install_kernel_gated(dump.registry, device, self.system_ram, shown)
+            unused = sum(run.size for run in device.plugged_runs() if not self.system_ram.covers(*run))
+            if unused and self.system_ram:
+                dump.problems.note(
+                    f"{device.name}: plugged runs of {unused:#x} bytes were not wholly System RAM of the dead kernel; "
+                    "the device is believed"
+                )
+
+    def _locate_devices(self, dump: Dump, dead: DeadKernel) -> None:
+        """A virtio-mem device that we could not even ask where it is, the dead kernel's driver had claimed."""
+        regions = dead.virtio_mem_regions()
+        added = [r for r in dead.iomem() if r.name == "System RAM (virtio_mem)"]
+        claimed = [Range(r.start, r.end) for r in [*regions, *added]]
+        unlocated = self.machine.unlocated
+        if len(regions) < len(unlocated):
+            self._refuse_unlocated(dump)
+            claimed += dump.envelope.window
+        gated = bool(unlocated) and all(by_kernel for _, by_kernel in unlocated)
+        for device in memory_map.unlocated_devices(claimed, dump.envelope, gated):
+            self.machine.devices.append(device)
+            region = RangeSet([device.region])
+            env = dump.envelope
+            dump.envelope = env._replace(
+                boot=env.boot - region, window=env.window - region, regions=env.regions | region
+            )
+            if rule := device.rule(dump.registry.page_size):
+                dump.registry.register(rule)
+
+    def _refuse_unlocated(self, dump: Dump) -> None:
+        """Nothing tells where the memory of some device is. The hotplug window, where it must be, is not read then; but
+        where no firmware tells window from boot RAM, going on could touch what is unplugged. Raises Error there."""
+        names = ", ".join(name for name, gated in self.machine.unlocated if not gated)
+        if not names:
+            return
+        if not dump.envelope.by_firmware:
+            raise Error(f"nothing tells where the memory of {names} is: what is unplugged of it cannot be left alone")
+        dump.problems.note(f"nothing tells where the memory of {names} is: no hot-plugged memory is read")
+
+    def shape(self, dump: Dump) -> Shape:
+        """Notes in the kernel's order: NT_PRSTATUS of each possible CPU that saved one, then VMCOREINFO."""
+        notes = b""
+        text = None
+        page_offset = DEFAULT_PAGE_OFFSET
+        if self.dead:
+            page_offset = self.dead.page_offset()
+            notes = b"".join(cpu.notes for cpu in self.dead.cpu_notes())
+            if image := self.dead.text():
+                text = Load(image.paddr, image.vaddr, image.size)
+        else:
+            dump.problems.note(
+                "no page tables of the dead kernel: no CPU notes, no kernel text PT_LOAD, "
+                f"p_vaddr from {page_offset:#x}"
+            )
+        if self.info:
+            notes += self.info.note
+        return Shape(EM_X86_64, "<", text, page_offset, notes, 0, DEFAULT_NOTE_ALIGN)
+
+    def kernel_ranges(self, dump: Dump) -> list[Range] | None:
+        """The PT_LOAD ranges that kexec_file_load(2) writes: each System RAM resource by itself, in the tree's order,
+        less low memory and the crash reservations."""
+        if not (self.dead and self.system_ram):
+            dump.problems.note("layout kernel needs the dead kernel's resource tree; laid out by the memory map")
+            return None
+        excluded = RangeSet([LOW_MEMORY]) | self.reserved
+        return [piece for r in self.dead.system_ram() for piece in RangeSet([(r.start, r.end)]) - excluded]

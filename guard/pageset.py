@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import sys
 from array import array
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -51,6 +52,8 @@ class PageSet:
             raise ValueError(f"blocks of {block_size:#x} bytes from {start:#x} on are not whole pages")
         shift = page_size.bit_length() - 1
         data = array("Q", bitmap[: (blocks + 7) // 8].ljust((blocks + 63) // 64 * 8, b"\0"))
+        if sys.byteorder == "big":
+            data.byteswap()
         first = start >> shift
         end = (start + block_size * blocks) >> shift
         return cls(first, end, data, blocks, block_size >> shift, shift)

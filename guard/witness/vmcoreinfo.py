@@ -17,6 +17,7 @@ HEADER_SIZE = 24
 MAX_DESC = 1 << 20
 """Largest text accepted, in bytes; QEMU refuses notes of 1 MiB and more too."""
 
+_HEXADECIMAL = ("KERNELOFFSET", "KERNELOFFPHYS", "IDENTITYBASE")
 _U64 = 1 << 64
 _MAX_LINES = 4096
 
@@ -65,7 +66,7 @@ class Vmcoreinfo:
             return
         kind = key.partition("(")[0] if key.endswith(")") else ""
         try:
-            if kind == "SYMBOL" or key == "KERNELOFFSET":
+            if kind == "SYMBOL" or key in _HEXADECIMAL:
                 self._numbers[key] = _number(value, 16, 0)
             elif kind in ("SIZE", "OFFSET", "LENGTH") or key in ("PAGESIZE", "CRASHTIME"):
                 self._numbers[key] = _number(value, 10, 0)
@@ -96,6 +97,10 @@ class Vmcoreinfo:
     def length(self, name: str) -> int | None:
         """LENGTH(*name*) of an array, in items."""
         return self._numbers.get(f"LENGTH({name})")
+
+    def address(self, key: str) -> int | None:
+        """The value of a line like ``KERNELOFFSET=``: hexadecimal, in bytes."""
+        return self._numbers.get(key) if key in _HEXADECIMAL else None
 
     def text(self, key: str) -> str | None:
         """The value of *key* as it is written, for example ``text("OSRELEASE")`` or ``text("BUILD-ID")``."""
@@ -129,11 +134,11 @@ def _shown(raw: bytes) -> str:
     return repr(text) + ("..." if len(raw) > 40 else "")
 
 
-def note_at(mem: Memory, paddr: int, limit: int = HEADER_SIZE + MAX_DESC) -> Vmcoreinfo:
+def note_at(mem: Memory, paddr: int, limit: int = HEADER_SIZE + MAX_DESC, byteorder: str = "<") -> Vmcoreinfo:
     """The VMCOREINFO note at physical address *paddr*; *limit* bounds the whole note in bytes.
 
     Raises WitnessError if no plausible note stands there, ReadError if it cannot be read."""
-    namesz, descsz, kind = struct.unpack("<III", mem.read(paddr, 12))
+    namesz, descsz, kind = struct.unpack(byteorder + "III", mem.read(paddr, 12))
     if (namesz, kind) != (len(NOTE_NAME), 0):
         raise WitnessError(f"vmcoreinfo at {paddr:#x}: namesz {namesz} and type {kind} where 11 and 0 were expected")
     size = HEADER_SIZE + ((descsz + 3) & ~3)

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from capture import report
 from capture.dump import Dump, build
 from capture.machine import ImageMachine
+from capture.recorded import load
 from guard.errors import Error
 from guard.physmem import covered
 from guard.ranges import RangeSet
@@ -86,7 +87,7 @@ def machine(tmp_path_factory: pytest.TempPathFactory) -> Machine:
 def dump_of(machine: Machine, layout: str, mode: str, pages: dict[int, bytes], vouched: RangeSet | None) -> None:
     """Make the dump, ask it for everything, and check what it gives."""
     try:
-        dump = build(ImageMachine(str(machine.folder)), layout, mode)
+        dump = build(ImageMachine(load(str(machine.folder))), layout, mode)
     except Error as e:
         error = str(e)
     else:
@@ -244,7 +245,7 @@ def test_damaged_machine_json(machine: Machine, data: st.DataObject) -> None:
 
 def test_sound_machine_passes_the_same_check(machine: Machine) -> None:
     for layout, mode in (("cut", "dynamic"), ("kernel", "dynamic"), ("cut", "preloaded")):
-        dump = build(ImageMachine(str(machine.folder)), layout, mode)
+        dump = build(ImageMachine(load(str(machine.folder))), layout, mode)
         check(dump, machine.pages, VOUCHED)
         assert dump.problems == []
         assert dump.readable() == VOUCHED

@@ -555,8 +555,8 @@ WRONG = [
     ),
     Wrong(
         "other architecture",
-        r"machine architecture s390x: headers are built for x86_64 only",
-        doc(lambda d: d.update(arch="s390x")),
+        r"machine architecture aarch64: headers are built for x86_64 and s390x only",
+        doc(lambda d: d.update(arch="aarch64")),
     ),
     Wrong("unknown architecture", r"arch: 'vax' is not known", doc(lambda d: d.update(arch="vax"))),
     Wrong(

@@ -531,10 +531,11 @@ BRING_UP = """
 from capture.dump import build
 from capture.init import bring_up
 from capture.machine import ImageMachine
+from capture.recorded import load
 from guard.errors import Error
 machine, folder, over = sys.argv[1:]
 try:
-    print(bring_up(build(ImageMachine(machine), "kernel"), folder, over))
+    print(bring_up(build(ImageMachine(load(machine)), "kernel"), folder, over))
 except Error as e:
     print("error:", e)
 """

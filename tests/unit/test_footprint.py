@@ -19,9 +19,10 @@ import sys
 from capture.dump import Dump
 from capture.init import texts
 from capture.machine import ImageMachine
+from capture.recorded import load
 from capture.memory_map import Device
 from guard.ranges import Range
-machine = ImageMachine(sys.argv[1])
+machine = ImageMachine(load(sys.argv[1]))
 blocks = int(sys.argv[2])
 if blocks:
     region = Range(1 << 40, (1 << 40) + (blocks << 21))

@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What differs by machine architecture, asked in one place: whose memory is whose, what the dead kernel's records say,
+and what a header has beyond the ranges of memory. One subclass each, in its own file."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+from capture.elfcore import Load
+from guard.physmem import Segment
+from guard.ranges import Range, RangeSet
+from guard.witness.vmcoreinfo import Vmcoreinfo
+
+if TYPE_CHECKING:
+    from capture.dump import Dump
+    from capture.machine import Machine
+    from guard.witness.dead_kernel import DeadKernel
+
+
+class Shape(NamedTuple):
+    """What a header says beyond which memory there is. *machine* is e_machine, *page_offset* the virtual address of
+    physical 0, *align* the p_align of PT_LOADs and *note_align* that of the merged PT_NOTE."""
+
+    machine: int
+    byteorder: str
+    text: Load | None
+    page_offset: int
+    notes: bytes
+    align: int
+    note_align: int
+
+    def load(self, r: Range) -> Load:
+        return Load(r.start, (self.page_offset + r.start) % (1 << 64), r.size, self.align)
+
+
+class Arch:
+    """One machine's architecture, and what is known of its dead kernel once :meth:`hear` has listened to it.
+
+    *info* is its VMCOREINFO, *dead* its records by page walk, *system_ram* and *reserved* what its resource tree has as
+    RAM and as crash reservations; each may be missing or empty."""
+
+    name = ""
+    kernel_builds_header = False
+    """The capture kernel makes the header of /proc/vmcore after the crash, by itself."""
+
+    def __init__(self, machine: Machine) -> None:
+        self.machine = machine
+        self.info: Vmcoreinfo | None = None
+        self.dead: DeadKernel | None = None
+        self.system_ram = RangeSet()
+        self.reserved = RangeSet()
+
+    def look(self, segments: list[Segment]) -> None:
+        """Learn from images of memory as it lies now, before anything is made of them; *segments* ascend."""
+
+    def own(self) -> RangeSet:
+        """What belongs to the capture kernel, in addresses of the dead machine."""
+        raise NotImplementedError
+
+    def old_view(self, segments: list[Segment]) -> list[Segment]:
+        """*segments* of memory as it lies now, by the addresses that the dead machine had for it; ascending."""
+        return segments
+
+    def hear(self, dump: Dump) -> None:
+        """Ask the dead kernel's own records, and install the rules that follow from them."""
+        raise NotImplementedError
+
+    def shape(self, dump: Dump) -> Shape:
+        raise NotImplementedError
+
+    def kernel_ranges(self, dump: Dump) -> list[Range] | None:
+        """The PT_LOADs that the kernel itself would make, in its order; None where that cannot be known."""
+        raise NotImplementedError
