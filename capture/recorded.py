@@ -91,14 +91,20 @@ def load(folder: str) -> RecordedMachine:
     file = os.path.join(folder, FILE)
     machine = from_document(_read_json(file), folder)
     images = _images(machine)
-    for place, name, size in images:
-        _check_image(f"{file}: {place}", machine.resolve(name), size)
+    sizes: dict[str, int] = {}
+    outside: dict[str, str] = {}
     inside = os.path.realpath(folder).rstrip("/") + "/"
-    notes = [
-        one_line(f"{file}: {place}: {name} is outside the folder")
-        for place, name, _ in [*images, ("root", machine.root, 0)]
-        if not os.path.realpath(machine.resolve(name)).startswith(inside)
-    ]
+    for place, name, expected in images:
+        path = machine.resolve(name)
+        if name not in sizes:  # thousands of ranges may lie in one image
+            sizes[name] = _image_size(f"{file}: {place}: {path}", path)
+            if not os.path.realpath(path).startswith(inside):
+                outside[name] = place
+        if sizes[name] < expected:
+            raise _error(f"{file}: {place}: {path} has {sizes[name]} bytes, expected at least {expected}")
+    if not os.path.realpath(machine.root_path).startswith(inside):
+        outside[machine.root] = "root"
+    notes = [one_line(f"{file}: {place}: {name} is outside the folder") for name, place in outside.items()]
     return machine._replace(notes=tuple(notes))
 
 
@@ -355,18 +361,12 @@ def _images(machine: RecordedMachine) -> list[tuple[str, str, int]]:
     return images
 
 
-def _check_image(place: str, path: str, expected: int) -> None:
-    found = _image_size(place, path)
-    if found < expected:
-        raise _error(f"{place}: {path} has {found} bytes, expected at least {expected}")
-
-
-def _image_size(place: str, path: str) -> int:
-    prefix = path if place == path else f"{place}: {path}"
+def _image_size(what: str, path: str) -> int:
+    """Bytes of the image *path*, which messages call *what*."""
     try:
         mode = os.stat(path).st_mode
         if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
-            raise _error(f"{prefix} is neither a regular file nor a block device")
+            raise _error(f"{what} is neither a regular file nor a block device")
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         try:
             # A block device states no size in stat().
@@ -374,7 +374,7 @@ def _image_size(place: str, path: str) -> int:
         finally:
             os.close(fd)
     except OSError as error:
-        raise _error(f"{prefix}: {error.strerror}") from None
+        raise _error(f"{what}: {error.strerror}") from None
 
 
 def _read_json(file: str) -> object:

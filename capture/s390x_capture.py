@@ -91,19 +91,20 @@ def _of_release(release: str) -> Generation | None:
 
 def _crash_region(current: Memory, ram: RangeSet, problems: Problems) -> Range | None:
     place = f"boot parameter area {OLDMEM_BASE:#x}"
+    as_it_lies = "memory is taken as it lies, a capture kernel's own included"
     try:
         base, size = struct.unpack(">QQ", current.read(OLDMEM_BASE, 16))
     except ReadError as e:
-        problems.note(f"{place}: {e}; memory is taken as it lies")
+        problems.note(f"{place}: {e}; {as_it_lies}")
         return None
     if not base and not size:
-        problems.note(f"{place}: no crash region: no capture kernel ran; memory is taken as it lies")
+        problems.note(f"{place}: no crash region: this is no capture kernel; {as_it_lies}")
         return None
     if not size or base % PAGE or size % PAGE or base < size or base + size > 1 << 64:
-        problems.note(f"{place}: crash region {base:#x}+{size:#x} is not possible; memory is taken as it lies")
+        problems.note(f"{place}: crash region {base:#x}+{size:#x} is not possible; {as_it_lies}")
         return None
     crash = Range(base, base + size)
-    if not ram.covers(*crash) or not ram.covers(0, size):
-        problems.note(f"{place}: crash region {crash} is not in the RAM that there is; memory is taken as it lies")
-        return None
+    missing = RangeSet([crash, (0, size)]) - ram
+    if missing:
+        problems.note(f"{place}: crash region {crash}: of it and the low memory that it holds, {missing} is not there")
     return crash

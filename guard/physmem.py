@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, NamedTuple
@@ -63,7 +64,13 @@ def layer(upper: list[Segment], lower: list[Segment]) -> list[Segment]:
 
 def only(segments: list[Segment], ranges: RangeSet) -> list[Segment]:
     """The parts of *segments* that show *ranges*."""
-    return [s.part(piece) for s in segments for piece in RangeSet([(s.paddr, s.end)]) & ranges]
+    found: list[Segment] = []
+    for s in segments:
+        if ranges.covers(s.paddr, s.end):
+            found.append(s)
+        else:
+            found += [s.part(piece) for piece in RangeSet([(s.paddr, s.end)]) & ranges]
+    return found
 
 
 class OldMemory:
@@ -111,7 +118,8 @@ class OldMemory:
         if err := lib.physmem_read_exact(self.c, paddr, buffer, size, bad):
             at = int(bad[0])
             rule = self.registry.refuser(at // self.registry.page_size)
-            why = f"refused by {rule.name}" if rule else os.strerror(-err)
+            absent = "no source shows it" if err == -errno.ENXIO else os.strerror(-err)
+            why = f"refused by {rule.name}" if rule else absent
             raise ReadError(f"old memory at {at:#x}: {why}", at)
         return bytes(ffi.buffer(buffer, size))
 

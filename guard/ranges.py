@@ -74,7 +74,10 @@ class RangeSet:
 
     def __and__(self, other: RangeSet) -> RangeSet:
         out: list[tuple[int, int]] = []
-        i = j = 0
+        if not self._items or not other._items:
+            return RangeSet()
+        # a single range against very many is common, and must not walk all of them
+        i, j = self._reaching(other._items[0].start), other._reaching(self._items[0].start)
         while i < len(self._items) and j < len(other._items):
             a, b = self._items[i], other._items[j]
             out.append((max(a.start, b.start), min(a.end, b.end)))
@@ -86,7 +89,7 @@ class RangeSet:
 
     def __sub__(self, other: RangeSet) -> RangeSet:
         out: list[tuple[int, int]] = []
-        j = 0
+        j = other._reaching(self._items[0].start) if self._items else 0
         for start, end in self._items:
             while j < len(other._items) and other._items[j].end <= start:
                 j += 1
@@ -97,6 +100,10 @@ class RangeSet:
                 k += 1
             out.append((start, end))
         return RangeSet(out)
+
+    def _reaching(self, addr: int) -> int:
+        """Index of the first range that ends behind *addr*."""
+        return bisect_right(self._items, addr, key=lambda r: r.end)
 
     def find(self, addr: int) -> Range | None:
         """The range that holds byte *addr*, or None."""
