@@ -175,7 +175,11 @@ def test_reads_give_what_the_model_gives_and_count_it(
             memory.read_exact(paddr, size)
         assert caught.value.paddr == max(paddr, bad[0] * PAGE)
         assert f"{caught.value.paddr:#x}" in str(caught.value)
-        why = f"refused by {model.refused[bad[0]]}" if bad[0] in model.refused else os.strerror(model.error(bad[0]))
+        if bad[0] in model.refused:
+            why = f"refused by {model.refused[bad[0]]}"
+        else:
+            error = model.error(bad[0])
+            why = "no source shows it" if error == errno.ENXIO else os.strerror(error)
         assert why in str(caught.value)
     assert (memory.faults(), memory.bytes_read, memory.bytes_refused, registry.counters()) == before
     memory.close()
