@@ -62,8 +62,10 @@ def _check_segments(segments: Sequence[object], size: int, wrong: list[str], has
     for (_, end, i), (start, _, j) in pairwise(stored):
         if start < end:
             wrong.append(f"program headers {min(i, j)} and {max(i, j)} share the file from {start:#x} on")
-    # kernel text overlaps the direct map's PT_LOAD on purpose; it comes first and is mapped elsewhere
-    ram = sorted((h["p_paddr"], h["p_paddr"] + h["p_memsz"]) for h in loads if h["p_vaddr"] < 0xFFFFFFFF80000000)
+    # kernel text overlaps the direct map's PT_LOAD on purpose; it comes first and is mapped at another distance
+    distances = [h["p_vaddr"] - h["p_paddr"] for h in loads]
+    memory = loads[1:] if loads and distances[0] != distances[-1] else loads
+    ram = sorted((h["p_paddr"], h["p_paddr"] + h["p_memsz"]) for h in memory)
     for (_, end), (start, _) in pairwise(ram):
         if start < end:
             wrong.append(f"PT_LOADs overlap at {start:#x}")
