@@ -6,6 +6,7 @@ check is in it but not pyelftools, which it says it needs: a dump is checked on 
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 
 MODULES = (
@@ -15,6 +16,7 @@ MODULES = (
     "capture.init",
     "capture.record",
     "capture.save",
+    f"capture.{os.uname().machine}",  # no machine needs another one's
     # the interpreter imports these late, for the terminal's encoding, file names and errors
     "encodings.ascii",
     "encodings.latin_1",

@@ -13,10 +13,8 @@ import stat
 from capture.arch import Arch
 from capture.memory_map import Device
 from capture.recorded import RecordedMachine
-from capture.s390x import S390x
 from capture.sources import cmdline, files, firmware_memmap, fw_cfg, iomem, memory_blocks, report, smbios, srat
 from capture.sources.report import SourceReport
-from capture.x86_64 import X86_64
 from guard import devmem, loop, procvmcore, virtio_mem
 from guard.errors import Error, SourceError
 from guard.physmem import PREAD, Segment, layer, only
@@ -36,7 +34,21 @@ SOURCES = {
 }
 
 
-ARCHES: dict[str, type[Arch]] = {arch.name: arch for arch in (X86_64, S390x)}
+def arch_named(name: str) -> type[Arch]:
+    """The architecture called so by uname(2). No machine needs another one's, so each is imported when it is asked for.
+    Raises Error."""
+    try:
+        if name == "x86_64":
+            from capture.x86_64 import X86_64
+
+            return X86_64
+        if name == "s390x":
+            from capture.s390x import S390x
+
+            return S390x
+    except ModuleNotFoundError as e:
+        raise Error(f"machine architecture {name}: {e.name} is not part of this initramfs") from None
+    raise Error(f"machine architecture {name}: headers are built for x86_64 and s390x only")
 
 
 class NotCaptureError(Error):
@@ -57,10 +69,8 @@ class Machine:
     """The running kernel built the header of its /proc/vmcore itself, after the crash: there is none better."""
 
     def __init__(self, root: str, arch: str) -> None:
-        if arch not in ARCHES:
-            raise Error(f"machine architecture {arch}: headers are built for {' and '.join(ARCHES)} only")
         self.root = root
-        self.arch: Arch = ARCHES[arch](self)
+        self.arch: Arch = arch_named(arch)(self)
         self.problems = Problems(192)  # of each source up to 17 lines, and then some
         self.remarks = Problems()  # nothing wrong, but worth knowing: shown on request
         self.reports: dict[str, SourceReport] = {name: read(root) for name, read in SOURCES.items()}

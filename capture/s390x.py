@@ -62,6 +62,9 @@ class S390x(Arch):
 
     def hear(self, dump: Dump) -> None:
         self.records = os_info.read_os_info(dump.exact, dump.problems)
+        if self.records and (image := self.records.image) and image.paddr not in dump.envelope.boot - self.own():
+            dump.problems.note(os_info.image_line(self.records.paddr, image))
+            self.records = self.records._replace(image=None)
         try:
             self.info = lowcore.vmcoreinfo_note(dump.exact)
         except (ReadError, WitnessError) as e:
@@ -73,15 +76,15 @@ class S390x(Arch):
 
     def _translate(self, vaddr: int) -> int:
         """Physical address of *vaddr* (arch/s390/include/asm/page.h). VMCOREINFO tells too, if os_info is damaged."""
-        image, identity_base = (self.records.image, self.records.identity_base) if self.records else (None, 0)
+        image, base = (self.records.image, self.records.identity_base) if self.records else (None, 0)
         if image and image.start <= vaddr < image.end:
             return vaddr - image.start + image.paddr
-        if not self.records and self.info:
-            offset, phys, base = (self.info.address(key) for key in ("KERNELOFFSET", "KERNELOFFPHYS", "IDENTITYBASE"))
+        if not image and self.info:
+            offset, phys = self.info.address("KERNELOFFSET"), self.info.address("KERNELOFFPHYS")
             if offset and phys is not None and vaddr >= offset:
-                return vaddr - offset + phys
-            identity_base = base or 0
-        return (vaddr - identity_base) % (1 << 64)
+                return (vaddr - offset + phys) % (1 << 64)
+            base = base or self.info.address("IDENTITYBASE") or 0
+        return (vaddr - base) % (1 << 64)
 
     def shape(self, dump: Dump) -> Shape:
         generation = self.capture.generation if self.capture else s390x_capture.NEWEST

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """s390x lowcores: what each CPU of the dead machine left of its registers (arch/s390/include/asm/lowcore.h, smp.c).
 
-The CPU that entered the capture kernel (the IPL CPU) is always the first: its status was stored at absolute 0x1200.
-Each other CPU's stands at the same place of its own lowcore, and ``lowcore_ptr``, one pointer per possible CPU, tells
-where that is. Vector registers lie in the machine check extended save area, if the kernel gave the CPU one."""
+CPU 0, the IPL CPU, enters the capture kernel whoever crashed (smp_call_ipl_cpu()): its status was stored at absolute
+0x1200. Each other CPU's stands at the same place of its own lowcore, and ``lowcore_ptr``, one pointer per possible
+CPU, tells where that is. Vector registers lie in the machine check extended save area, where a CPU had them enabled."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ SIZE = 0x2000
 MCESAD = 0x11B0
 SAVE_AREA = 0x1200
 SAVE_AREA_SIZE = 0x200
+IPL_CPU = 0
 _MCESA_ORIGIN = ~0x3FF & (1 << 64) - 1
 _VECTOR_SIZE = 0x200
 _CR0_VECTOR = 1 << 17
@@ -59,33 +60,35 @@ def read_save_areas(mem: Memory, info: Vmcoreinfo | None, translate: Translate, 
     """The registers of every CPU that was ever started, the IPL CPU first. What cannot be found or read is left out,
     with one line in *problems* each."""
     lowcores = _lowcores(mem, info, translate, problems)
-    vector_used = False
-    found: list[SaveArea] = []
-    for i, (cpu, lowcore) in enumerate(lowcores):
-        paddr = SAVE_AREA if not i else lowcore + SAVE_AREA
-        try:
-            raw = mem.read(paddr, SAVE_AREA_SIZE)
-        except ReadError as e:
-            problems.note(f"CPU {cpu}: save area at {paddr:#x}: {e}; its register notes are left out")
-            continue
-        area = SaveArea(cpu, paddr, raw, None)
-        if not area.prefix:
-            continue
-        if lowcore and area.prefix != lowcore:
-            problems.note(
-                f"CPU {cpu}: save area at {paddr:#x}: prefix {area.prefix:#x}, expected its lowcore at {lowcore:#x}; "
-                "taken as it is"
-            )
-        if not i:
-            # the kernel sets the control on all CPUs or on none
-            cr0 = int.from_bytes(raw[0x180:0x188], "big")
-            vector_used = bool(cr0 & _CR0_VECTOR) and bool(lowcore)
-        found.append(area._replace(vector=_vector(mem, area, lowcore, problems) if vector_used else None))
-    return found
+    found = [_save_area(mem, IPL_CPU, SAVE_AREA, lowcores.pop(IPL_CPU, None), problems)]
+    for cpu, lowcore in lowcores.items():
+        found.append(_save_area(mem, cpu, lowcore + SAVE_AREA, lowcore, problems))
+    return [area for area in found if area and area.prefix]
 
 
-def _lowcores(mem: Memory, info: Vmcoreinfo | None, translate: Translate, problems: Problems) -> list[tuple[int, int]]:
-    """(CPU number, physical address of its lowcore); of the IPL CPU also where nothing tells of it, then address 0."""
+def _save_area(mem: Memory, cpu: int, paddr: int, lowcore: int | None, problems: Problems) -> SaveArea | None:
+    try:
+        raw = mem.read(paddr, SAVE_AREA_SIZE)
+    except ReadError as e:
+        problems.note(f"CPU {cpu}: save area at {paddr:#x}: {e}; its register notes are left out")
+        return None
+    area = SaveArea(cpu, paddr, raw, None)
+    if not area.prefix:
+        return area
+    if lowcore is None:
+        lowcore = area.prefix
+    elif area.prefix != lowcore:
+        problems.note(
+            f"CPU {cpu}: save area at {paddr:#x}: prefix {area.prefix:#x}, expected its lowcore at {lowcore:#x}; "
+            "taken as it is"
+        )
+    if not int.from_bytes(raw[0x180:0x188], "big") & _CR0_VECTOR:
+        return area
+    return area._replace(vector=_vector(mem, area, lowcore, problems))
+
+
+def _lowcores(mem: Memory, info: Vmcoreinfo | None, translate: Translate, problems: Problems) -> dict[int, int]:
+    """Physical address of the lowcore of each CPU that has one, as far as lowcore_ptr can be had."""
     symbol = info.symbol("lowcore_ptr") if info else None
     count = info.length("lowcore_ptr") if info else None
     try:
@@ -96,20 +99,20 @@ def _lowcores(mem: Memory, info: Vmcoreinfo | None, translate: Translate, proble
         pointers = struct.unpack(f">{count}Q", mem.read(translate(symbol), 8 * count))
     except (ReadError, WitnessError) as e:
         problems.note(f"lowcore_ptr: {e}; only the IPL CPU's registers are known")
-        return [(0, 0)]
-    found: list[tuple[int, int]] = []
+        return {}
+    found: dict[int, int] = {}
     for cpu, pointer in enumerate(pointers):
         if not pointer:
             continue
         paddr = translate(pointer)
         if paddr % SIZE:
+            lost = "" if cpu == IPL_CPU else "; the CPU's register notes are left out"
             problems.note(
-                f"lowcore_ptr[{cpu}]: {pointer:#x} is at physical {paddr:#x}, expected a multiple of {SIZE:#x}; "
-                "the CPU's register notes are left out"
+                f"lowcore_ptr[{cpu}]: {pointer:#x} is at physical {paddr:#x}, expected a multiple of {SIZE:#x}{lost}"
             )
             continue
-        found.append((cpu, paddr))
-    return found or [(0, 0)]
+        found[cpu] = paddr
+    return found
 
 
 def _vector(mem: Memory, area: SaveArea, lowcore: int, problems: Problems) -> bytes | None:

@@ -20,6 +20,7 @@ MAGIC = 0x4F53494E464F535A  # "OSINFOSZ"
 MAX_MAJOR = 1
 PAGE = 4096
 MAX_DATA = 1 << 20
+MAX_IMAGE = 1 << 30
 
 # Indices of the entries that a header needs
 VMCOREINFO, IDENTITY_BASE, KASLR_OFFSET, IMAGE_START, IMAGE_END, IMAGE_PHYS = 0, 4, 5, 10, 11, 12
@@ -97,13 +98,19 @@ def read_os_info(mem: Memory, problems: Problems) -> OsInfo | None:
 
 def _image(paddr: int, entries: list[tuple[int, int, int]], problems: Problems) -> Image | None:
     start, end, phys = (entries[i][0] for i in (IMAGE_START, IMAGE_END, IMAGE_PHYS))
-    if start < end and not (start | phys) % PAGE and phys + end - start <= 1 << 64:
-        return Image(start, end, phys)
-    problems.note(
-        f"os_info: {paddr:#x}: kernel image {start:#x}-{end:#x} at physical {phys:#x} is not possible; "
-        "left out: no kernel text PT_LOAD"
-    )
+    image = Image(start, end, phys)
+    if 0 < image.size <= MAX_IMAGE and not (start | phys) % PAGE and phys + image.size <= 1 << 64:
+        return image
+    problems.note(image_line(paddr, image))
     return None
+
+
+def image_line(paddr: int, image: Image) -> str:
+    """What is said of an *image*, told of by os_info at *paddr*, that cannot be."""
+    return (
+        f"os_info: {paddr:#x}: kernel image {image.start:#x}-{image.end:#x} at physical {image.paddr:#x} "
+        "is not possible; left out: no kernel text PT_LOAD"
+    )
 
 
 def _data(mem: Memory, paddr: int, entry: tuple[int, int, int], problems: Problems) -> bytes | None:
