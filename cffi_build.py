@@ -15,6 +15,7 @@ HEADERS = [
     "guard/csrc/gate.h",
     "guard/csrc/physmem.h",
     "guard/csrc/view.h",
+    "guard/csrc/memmap.h",
     "capture/csrc/fuse.h",
 ]
 SOURCES = [name[:-1] + "c" for name in HEADERS]

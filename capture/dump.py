@@ -115,7 +115,7 @@ class Dump:
         shape = self.arch.shape(self)
         ranges = self.arch.kernel_ranges(self) if self.layout == KERNEL else None
         if ranges is None:
-            ranges, gap = memory_map.merged(self.readable_runs, self.envelope.regions, MAX_LOADS)
+            ranges, gap = memory_map.merged(self.readable_runs, self.envelope.all - self.machine.own, MAX_LOADS)
             if gap:
                 self.problems.note(
                     f"memory in more than {MAX_LOADS} runs: PT_LOADs bridge gaps of up to {gap:#x} bytes; "

@@ -15,6 +15,7 @@ from guard import procvmcore
 from guard.errors import Error, ReadError, WitnessError
 from guard.physmem import covered
 from guard.ranges import Range, RangeSet
+from guard.rules import hwpoison, page_offline, sections
 from guard.witness.dead_kernel import DeadKernel
 from guard.witness.scan import scan
 from guard.witness.vmcoreinfo import Vmcoreinfo, note_at
@@ -98,6 +99,35 @@ class X86_64(Arch):
                     f"{device.name}: plugged runs of {unused:#x} bytes were not wholly System RAM of the dead kernel; "
                     "the device is believed"
                 )
+        self._hear_marks(dump, dead)
+
+    def _hear_marks(self, dump: Dump, dead: DeadKernel) -> None:
+        """Pages that the dead kernel itself would not have touched: offline sections, and marks in struct pages."""
+        known = dead.sections()
+        ram = self.system_ram & dump.envelope.all
+        if known is None or not ram:
+            return
+        if rule := sections.rule(known, ram, dump.registry.page_size):
+            dump.registry.register(rule)
+        else:
+            dump.problems.note("mem_section: most of System RAM is in no online section; the sections do not count")
+            return
+        marks = dead.marks(ram)
+        if marks is None:
+            return
+        for rule in (hwpoison.rule(marks), page_offline.rule(marks)):
+            if rule:
+                dump.registry.register(rule)
+        if marks.offline is None:
+            return
+        for device in self.machine.devices:
+            if device.bitmap is not None:
+                unplugged = (RangeSet([device.region]) - device.plugged) & ram
+                if used := page_offline.unmarked(marks.offline, unplugged, known.online - marks.unread):
+                    dump.problems.note(
+                        f"{device.name}: {used} is not plugged, but the dead kernel had its pages in use; "
+                        "the device is believed"
+                    )
 
     def _locate_devices(self, dump: Dump, dead: DeadKernel) -> None:
         """A virtio-mem device that we could not even ask where it is, the dead kernel's driver had claimed."""

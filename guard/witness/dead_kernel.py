@@ -10,9 +10,11 @@ from collections.abc import Callable
 from typing import NamedTuple, TypeVar, cast
 
 from guard.errors import ReadError, WitnessError
-from guard.witness import crash_notes, e820, kallsyms, reservations, resources, sections
+from guard.ranges import RangeSet
+from guard.witness import crash_notes, e820, kallsyms, memmap, reservations, resources, sections
 from guard.witness.crash_notes import CpuNotes
 from guard.witness.e820 import E820Entry
+from guard.witness.memmap import Marks
 from guard.witness.memory import Memory, Problems
 from guard.witness.pagewalk import PageWalk, x86_64
 from guard.witness.reservations import Reservation
@@ -157,6 +159,14 @@ class DeadKernel:
             lambda: e820.read_e820(self.walk, self._symbol("e820_table_firmware"), self.problems),
             [],
         )
+
+    def marks(self, wanted: RangeSet) -> Marks | None:
+        """What struct pages say of the pages of *wanted*, physical bytes."""
+        known = self.sections()
+        if known is None:
+            return None
+        read = lambda: memmap.scan(self.walk, self.info, known, wanted, self.problems)  # noqa: E731
+        return self._once("struct pages", read, None)
 
     def sections(self) -> Sections | None:
         """Which memory sections were present and online."""

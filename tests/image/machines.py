@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from guard.witness.resources import BUSY, EXCLUSIVE, SYSTEM_RAM
-from tests.unit.witness_memory import PRSTATUS, DyingKernel, vmcoreinfo_note
+from tests.unit.witness_memory import OFFLINE_PAGE, PRSTATUS, DyingKernel, vmcoreinfo_note
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 PAGE = 4096
+SECTION_BITS = 27
+PRESENT, HAS_MEM_MAP, ONLINE = 1, 2, 4
 Span = tuple[int, int]
 
 LOW = (0, 2 * GIB)
@@ -150,6 +152,9 @@ class RecordedKernel:
         self.notes: list[bytes | None] = [PRSTATUS, PRSTATUS]
         self.desc_tail = b"CRASHTIME=1760000000\n"
         self.plugged = list(PLUGGED)
+        self.marked: dict[int, bytes] = {}
+        """Struct pages from a pfn on that are not all zero."""
+        self.offline_sections: set[int] = set()
         self.pages: dict[int, bytes] = {}
         self.files: dict[str, bytes] = {}
         self.document: dict[str, Any] = {
@@ -229,9 +234,26 @@ class RecordedKernel:
         kernel.pointer("page_offset_base", kernel.page_offset)
         kernel.per_cpu_notes(self.notes, vmalloc=0xFFFFC90000000000)
         kernel.uts("6.12.0-test")
+        numbers = self._ram_sections()
+        kernel.sections({n: PRESENT | HAS_MEM_MAP | (0 if n in self.offline_sections else ONLINE) for n in numbers})
+        devices = self.document.get("virtio_mem", [])
+        plugged = plugged_spans(devices[0]["plugged"] if devices else self.plugged)
+        unplugged = [at for at in range(*DEVICE, BLOCK) if not any(a <= at < b for a, b in plugged)]
+        offline = {at // PAGE: OFFLINE_PAGE * (BLOCK // PAGE) for at in unplugged}
+        kernel.memmap(numbers, offline | self.marked)
         desc = kernel.finish().desc + self.desc_tail
         self.put_note(desc)
         return desc
+
+    def _ram_sections(self) -> list[int]:
+        found: set[int] = set()
+        todo = list(self.tree)
+        while todo:
+            start, end, name, _, children = todo.pop()
+            todo.extend(children)  # type: ignore[arg-type]
+            if name.startswith("System RAM") and end < 1 << 40:
+                found.update(range(start >> SECTION_BITS, (end >> SECTION_BITS) + 1))
+        return sorted(found)
 
     def put_note(self, desc: bytes) -> None:
         self.kernel.mem.write(VMCOREINFO_AT, vmcoreinfo_note(desc))
@@ -265,7 +287,7 @@ class RecordedKernel:
                     (ram, *HIGH, LOW[1] - LOW[0]),
                     (device, *DEVICE, 0),
                 ):
-                    if start <= paddr < end:
+                    if start <= paddr < end and page.strip(b"\0"):
                         stream.seek(offset + paddr - start)
                         stream.write(page)
         (folder / "machine.json").write_text(json.dumps(self.document))

@@ -292,7 +292,7 @@ DAMAGES = [
     ),
     Damage(
         "phys_base that points to other memory",
-        WITHOUT_SYMBOLS,
+        [*WITHOUT_SYMBOLS, r"dead kernel's mem_section not known, left out: .* does not have section \d+, .*"],
         after=note(key(b"NUMBER(phys_base)", b"1073741824")),
         cpus=0,
         has_text=False,

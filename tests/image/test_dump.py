@@ -322,7 +322,10 @@ def test_very_many_runs_are_bridged_in_the_header_but_not_in_the_guard(tmp_path:
     out = tmp_path / "header"
     result = oldmem("header", "--machine", tmp_path, "-o", out)
     assert result.status == 0
-    assert [line for line in result.lines if "more than 8192 runs" in line and "0x200000" in line] == result.lines
+    sections, runs = result.lines
+    assert "most of System RAM is in no online section" in sections  # the made-up kernel has none for this device
+    assert "more than 8192 runs" in runs
+    assert "0x200000" in runs
     with out.open("rb") as stream:
         loads = [s.header for s in ELFFile(stream).iter_segments("PT_LOAD")]
     listed = RangeSet((h["p_paddr"], h["p_paddr"] + h["p_memsz"]) for h in loads if h["p_vaddr"] != TEXT[0])

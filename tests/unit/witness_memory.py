@@ -5,12 +5,16 @@ the records that the witness reads, written the way a kernel would have left the
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from guard.errors import ReadError
 from guard.witness.vmcoreinfo import Vmcoreinfo
 
 START_KERNEL_MAP = 0xFFFFFFFF80000000
+VMEMMAP = 0xFFFFEA0000000000
+POISONED_PAGE = struct.pack("<Q", 1 << 20) + bytes(56)
+OFFLINE_PAGE = bytes(48) + struct.pack("<I", 0xF1000000) + bytes(12)
+"""Struct pages with PG_hwpoison and with the type PageOffline, as memmap() lays them out."""
 IMAGE_SIZE = 1 << 30
 PAGE = 4096
 
@@ -319,6 +323,28 @@ class DyingKernel:
             "OFFSET(mem_section.section_mem_map)": "0",
             "NUMBER(SECTION_SIZE_BITS)": str(section_bits),
             "NUMBER(MAX_PHYSMEM_BITS)": str(memory_bits),
+        }
+
+    def memmap(self, numbers: Iterable[int], marked: Mapping[int, bytes] | None = None, size: int = 64) -> None:
+        """Struct pages of sections of 128 MiB with these *numbers*: zeros, but for the pages from each pfn on that are
+        *marked*, with these bytes. Sections without any share one piece of memory."""
+        zeros = self.heap(bytes(1 << 21), 1 << 21) - self.page_offset
+        for number in numbers:
+            paddr = zeros
+            ours = {pfn: pages for pfn, pages in (marked or {}).items() if pfn >> 15 == number}
+            if ours:
+                paddr = self.heap(bytes(1 << 21), 1 << 21) - self.page_offset
+                for pfn, pages in ours.items():
+                    self.mem.write(paddr + (pfn & 0x7FFF) * size, pages)
+            self.tables.map(VMEMMAP + (number << 15) * size, paddr, 21)
+        self.keys |= {
+            "SYMBOL(vmemmap)": f"{VMEMMAP:x}",
+            "SIZE(page)": str(size),
+            "OFFSET(page.flags)": "0",
+            "OFFSET(page.compound_head)": "8",
+            "OFFSET(page._mapcount)": "48",
+            "NUMBER(PG_hwpoison)": "20",
+            "NUMBER(PAGE_OFFLINE_MAPCOUNT_VALUE)": "-251658240",
         }
 
     def uts(self, release: str) -> None:
