@@ -60,6 +60,7 @@ class Machine:
 
     page_size = 4096
     images = RangeSet()
+    capture_release: str | None = None
     vmcoreinfo_paddr: int | None = None
     own_vmcoreinfo: int | None = None
     phdr_note_align: int | None = None
@@ -245,7 +246,7 @@ class ImageMachine(Machine):
     def __init__(self, record: RecordedMachine, use_loop: bool = False) -> None:
         self.record = record
         super().__init__(record.root_path, record.arch)
-        self.page_size = record.page_size
+        self.page_size, self.capture_release = record.page_size, record.capture_release
         if record.vmcoreinfo_paddr is not None:
             self.vmcoreinfo_paddr = record.vmcoreinfo_paddr
         self.phdr_note_align = record.phdr_note_align

@@ -52,7 +52,9 @@ class S390x(Arch):
 
     def look(self, segments: list[Segment]) -> None:
         current = ExactMemory(OldMemory(segments, Registry(PAGE)))
-        self.capture = s390x_capture.read(current, self.machine.images, self.machine.problems)
+        self.capture = s390x_capture.read(
+            current, self.machine.images, self.machine.capture_release, self.machine.problems
+        )
 
     def own(self) -> RangeSet:
         return RangeSet([self.capture.crash] if self.capture and self.capture.crash else [])
@@ -72,6 +74,8 @@ class S390x(Arch):
                 dump.problems.note(f"VMCOREINFO: {e}; its note is left out")
         if self.records and self.records.vmcoreinfo:
             self.info = Vmcoreinfo(self.records.vmcoreinfo)
+        for line in self.info.problems if self.info else ():
+            dump.problems.note(line)
         self.cpus = tuple(lowcore.read_save_areas(dump.exact, self.info, self._translate, dump.problems))
 
     def _translate(self, vaddr: int) -> int:

@@ -52,8 +52,9 @@ def not_s390x(found: bytes) -> str | None:
     return None if found == MAGIC else f"{found!r} at {MAGIC_AT:#x} where {MAGIC!r} is in every s390x kernel's memory"
 
 
-def read(current: Memory, ram: RangeSet, problems: Problems) -> CaptureKernel:
-    """What *current*, memory by the addresses it has now, shows of the capture kernel in it; *ram* is all there is."""
+def read(current: Memory, ram: RangeSet, recorded_release: str | None, problems: Problems) -> CaptureKernel:
+    """What *current*, memory by the addresses it has now, shows of the capture kernel in it; *ram* is all there is.
+    *recorded_release* counts where memory does not tell."""
     try:
         if why := not_s390x(current.read(MAGIC_AT, len(MAGIC))):
             problems.note(f"RAM: {why}")
@@ -62,16 +63,20 @@ def read(current: Memory, ram: RangeSet, problems: Problems) -> CaptureKernel:
     crash = _crash_region(current, ram, problems)
     ignored = Problems()
     records = os_info.read_os_info(current, ignored)
+    info, why = None, "has no OSRELEASE="
     try:
         info = lowcore.vmcoreinfo_note(current)
-    except (ReadError, WitnessError):
-        info = None
-    release = info.text("OSRELEASE") if info else None
+        why = f"at {info.paddr:#x} {why}"
+    except (ReadError, WitnessError) as e:
+        why = str(e)
+    release = (info.text("OSRELEASE") if info else None) or recorded_release
     generation = _of_release(release) if release else None
     if generation is None:
+        if release:
+            why = f"{release!r} is no release"
         generation = NEWEST if records is None or records.image else OLDEST
         problems.note(
-            f"the capture kernel's release is not to be had: header as by kernels from "
+            f"the capture kernel's release is not to be had: VMCOREINFO: {why}; header as by kernels from "
             f"{generation.since[0]}.{generation.since[1]} on"
         )
     bits = info.number("SECTION_SIZE_BITS") if info else None

@@ -91,11 +91,12 @@ def _lowcores(mem: Memory, info: Vmcoreinfo | None, translate: Translate, proble
     """Physical address of the lowcore of each CPU that has one, as far as lowcore_ptr can be had."""
     symbol = info.symbol("lowcore_ptr") if info else None
     count = info.length("lowcore_ptr") if info else None
+    told = "VMCOREINFO" if info is None or info.paddr is None else f"VMCOREINFO at {info.paddr:#x}"
     try:
         if symbol is None or count is None:
-            raise WitnessError("VMCOREINFO does not tell of it" if info else "no VMCOREINFO tells of it")
+            raise WitnessError(f"{told} does not tell of it" if info else "no VMCOREINFO tells of it")
         if not 0 < count <= _MAX_CPUS:
-            raise WitnessError(f"{count} CPUs, expected 1 to {_MAX_CPUS}")
+            raise WitnessError(f"{told} has {count} CPUs, expected 1 to {_MAX_CPUS}")
         pointers = struct.unpack(f">{count}Q", mem.read(translate(symbol), 8 * count))
     except (ReadError, WitnessError) as e:
         problems.note(f"lowcore_ptr: {e}; only the IPL CPU's registers are known")

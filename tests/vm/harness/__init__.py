@@ -25,7 +25,8 @@ virtio_pci, virtio_blk, fuse and qemu_fw_cfg loaded, never virtio_mem. From the 
 that was touched), ``ram_files`` (every byte; inside ``with g.paused()`` it holds still), ``console_tail``.
 
 Modules: ``guest`` (class Guest), ``qemu`` (the process), ``memory`` (files and extents), ``qmp`` and ``serial`` (two
-ways to talk to it), ``images`` (the initramfs), ``debian`` and ``apt`` (stock kernels and tools from Debian)."""
+ways to talk to it), ``images`` (the initramfs), ``debian``, ``apt`` and ``cache`` (stock kernels and tools from
+Debian). tests/s390x has a guest of its own on the same ground."""
 
 from .apt import FetchError
 from .debian import SUITES, Kernel, prefetch

@@ -33,16 +33,18 @@ def mirror() -> str:
 
 
 class Suite:
-    """One suite (``trixie``, ``trixie-backports``) of :func:`mirror`, with its private apt state in *folder*."""
+    """One suite (``trixie``, ``trixie-backports``) of :func:`mirror` for *arch*, with its private apt state in
+    *folder*. *base*: the suite that has what *name* itself, a backports suite, leaves out."""
 
-    def __init__(self, name: str, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, name: str, folder: Path, arch: str = "amd64", base: str | None = None) -> None:
+        self.name = name
         self._archives = folder / "cache" / "archives"
         for path in (folder / "state" / "lists" / "partial", self._archives / "partial"):
             path.mkdir(parents=True, exist_ok=True)
         (folder / "status").write_bytes(b"")
         sources = folder / "sources.list"
-        sources.write_text(f"deb [arch=amd64 target=Packages signed-by={KEYRING}] {mirror()} {name} main\n")
+        line = f"deb [arch={arch} target=Packages signed-by={KEYRING}] {mirror()}"
+        sources.write_text("".join(f"{line} {suite} main\n" for suite in (name, base) if suite))
         settings = {
             "Dir::State": folder / "state",
             "Dir::State::status": folder / "status",
@@ -52,11 +54,13 @@ class Suite:
             "Dir::Etc::preferences": "/dev/null",
             "Dir::Etc::preferencesparts": "/dev/null",
             "APT::Sandbox::User": "root",
-            "APT::Architecture": "amd64",
-            "APT::Architectures": "amd64",
+            "APT::Architecture": arch,
+            "APT::Architectures": arch,
             "Acquire::Languages": "none",
             "Acquire::Retries": "3",
         }
+        if base:
+            settings["APT::Default-Release"] = name
         self._options = ["-q"]
         for key, value in settings.items():
             self._options += ["-o", f"{key}={value}"]

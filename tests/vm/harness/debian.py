@@ -1,22 +1,16 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The stock Debian pieces that the guests are made of, downloaded once into a cache folder (``OLDMEM_CACHE``, default
 ``.cache/vm`` in the repository): the cloud kernels of three generations, and a trixie sysroot with kexec,
-makedumpfile and busybox.
-
-A piece is unpacked beside its place and renamed into it, so that a folder with its final name is complete."""
+makedumpfile and busybox."""
 
 from __future__ import annotations
 
-import fcntl
-import os
 import re
-import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 from .apt import FetchError, Suite, unpack
+from .cache import ROOT, Cache, chosen_folder
 
 SUITES = {"6.1": "bookworm", "6.12": "trixie", "7": "trixie-backports"}
 METAPACKAGE = "linux-image-cloud-amd64"
@@ -38,14 +32,14 @@ class Kernel(NamedTuple):
 
 def cache() -> Path:
     """The cache folder; it may not exist yet."""
-    default = Path(__file__).resolve().parents[3] / ".cache" / "vm"
-    return Path(os.environ.get("OLDMEM_CACHE") or default)
+    return chosen_folder() or ROOT / ".cache" / "vm"
 
 
 def kernel(generation: str) -> Kernel:
     """The Debian cloud kernel of *generation*, one of :data:`SUITES`. Raises FetchError."""
     suite = SUITES[generation]
-    root = _piece(f"kernel-{generation}", lambda into: _fetch_kernel(suite, into))
+    store = Cache(cache())
+    root = store.piece(f"kernel-{generation}", lambda into: _fetch_kernel(store.suite(suite), into))
     modules = next((root / "usr/lib/modules").iterdir())
     candidates = (modules / "vmlinuz", root / "boot" / f"vmlinuz-{modules.name}")
     vmlinuz = next((path for path in candidates if path.is_file()), None)
@@ -56,17 +50,21 @@ def kernel(generation: str) -> Kernel:
 
 def sysroot() -> Path:
     """Root of a tree that holds :data:`SYSROOT_PACKAGES` and their libraries. Raises FetchError."""
-    return _piece("sysroot", lambda into: unpack(_suite(SYSROOT_SUITE).download_closure(SYSROOT_PACKAGES), into))
+    return _unpacked("sysroot", SYSROOT_SUITE, SYSROOT_PACKAGES)
 
 
 def testing_sysroot() -> Path:
     """As :func:`sysroot`, of Debian's testing suite: a makedumpfile that knows the page types of these kernels (1.7.6
     takes free pages for slab). Raises FetchError."""
-    return _piece("testing", lambda into: unpack(_suite("testing").download_closure(TESTING_PACKAGES), into))
+    return _unpacked("testing", "testing", TESTING_PACKAGES)
 
 
-def _fetch_kernel(suite_name: str, into: Path) -> None:
-    suite = _suite(suite_name)
+def _unpacked(name: str, suite: str, packages: tuple[str, ...]) -> Path:
+    store = Cache(cache())
+    return store.piece(name, lambda into: unpack(store.suite(suite).download_closure(packages), into))
+
+
+def _fetch_kernel(suite: Suite, into: Path) -> None:
     wanted: list[str] = []
     todo = [METAPACKAGE]
     while todo:
@@ -75,35 +73,8 @@ def _fetch_kernel(suite_name: str, into: Path) -> None:
                 wanted.append(name)
                 todo.append(name)
     if not wanted:
-        raise FetchError(f"{METAPACKAGE}: {suite_name} has no such package, or it names no kernel")
+        raise FetchError(f"{METAPACKAGE}: {suite.name} has no such package, or it names no kernel")
     unpack(suite.download(wanted), into)
-
-
-def _suite(name: str) -> Suite:
-    return Suite(name, cache() / "apt" / name)
-
-
-def _piece(name: str, make: Callable[[Path], None]) -> Path:
-    final = cache() / name
-    if final.is_dir():
-        return final
-    with _lock():
-        if not final.is_dir():
-            partial = cache() / f"{name}.partial"
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir()
-            make(partial)
-            partial.rename(final)
-            shutil.rmtree(cache() / "apt")
-    return final
-
-
-@contextmanager
-def _lock() -> Iterator[None]:
-    cache().mkdir(parents=True, exist_ok=True)
-    with open(cache() / "lock", "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def prefetch() -> None:

@@ -9,6 +9,7 @@ import subprocess
 import tarfile
 import tempfile
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,12 +20,11 @@ from guard.ranges import RangeSet
 
 from . import debian, images, memory
 from .memory import Device, GiB, MiB, Plugged, RamFile
-from .qemu import Qemu
+from .qemu import Qemu, pc
 from .serial import ConsoleError, Ready, Result, Serial
 
 BOOT_TIMEOUT = 180.0
 SETTLE = 6.0  # longer than the driver's first retry of a refused request (virtio_mem: 5 s)
-CAPTURE_APPEND = "console=ttyS0 irqpoll nr_cpus=1 reset_devices panic=-1 harness.capture"
 FRAGMENT = Path(__file__).resolve().parent / "guest" / "fragment.py"
 KEEP = 160  # one pipe of 64 KiB in 10 MiB
 
@@ -33,47 +33,25 @@ class GuestError(Exception):
     """A step inside the guest failed; has the command and what it said."""
 
 
-class Guest:
-    """A context manager: the guest is up inside ``with``, its first kernel at the shell, its devices plugged.
+class AnyGuest(ABC):
+    """A context manager: the guest is up inside ``with``, its first kernel at the shell, its devices plugged."""
 
-    *kernel* is one of ``debian.SUITES``; *memory* the boot RAM in bytes, of which *below_4g* lie below 4 GiB and the
-    rest from 4 GiB on; *online* the zone that added memory goes to ("movable": can be unplugged again; "kernel": the
-    kernel uses it for itself too); *oldmem* whether the initramfs has Python and oldmem, *testing* whether it has
-    ``makedumpfile-testing``."""
+    devices: dict[str, Device]
+    capture_append: str
+    """Command line of the capture kernel."""
+    serial: Serial
+    _qemu: Qemu
 
-    def __init__(
-        self,
-        kernel: str = "6.12",
-        *,
-        memory: int = 768 * MiB,
-        below_4g: int = 512 * MiB,
-        devices: Sequence[Device] = (),
-        crashkernel: str = "192M",
-        smp: int = 2,
-        online: Literal["movable", "kernel"] = "movable",
-        append: str = "",
-        oldmem: bool = True,
-        testing: bool = False,
-    ) -> None:
-        self.kernel = debian.kernel(kernel)
-        self.devices = {device.name: device for device in devices}
-        self._initramfs = images.initramfs(kernel, oldmem, testing)
-        self._memory = memory
-        self._below_4g = min(below_4g, memory)
-        self._smp = smp
-        options = f"console=ttyS0 panic=-1 crashkernel={crashkernel} memhp_default_state=online_{online}"
-        self._append = f"{options} {append}".rstrip()
+    @abstractmethod
+    def _start(self) -> Qemu: ...
+
+    @property
+    @abstractmethod
+    def _capture(self) -> tuple[Path, bytes]:
+        """Kernel and initramfs that :meth:`load` loads."""
 
     def __enter__(self) -> Self:
-        self._qemu = Qemu(
-            vmlinuz=self.kernel.vmlinuz,
-            initramfs=self._initramfs,
-            append=self._append,
-            memory=self._memory,
-            below_4g=self._below_4g,
-            devices=tuple(self.devices.values()),
-            smp=self._smp,
-        )
+        self._qemu = self._start()
         try:
             self.serial = Serial(self._qemu.console)
             self.ready = self.serial.wait_ready(BOOT_TIMEOUT)
@@ -141,18 +119,19 @@ class Guest:
         return self._qemu.scratch
 
     def load(self, syscall: Literal["s", "c"] = "s", append: str = "", options: str = "") -> None:
-        """Loads the capture kernel (the same as the first) with kexec_file_load(2) ("s") or kexec_load(2) ("c");
+        """Loads the capture kernel with kexec_file_load(2) ("s") or kexec_load(2) ("c");
         *append* is added to its command line, *options* to those of kexec."""
-        self.put({"/tmp/vmlinuz": self.kernel.vmlinuz, "/tmp/initramfs": self._initramfs})
-        line = f"{CAPTURE_APPEND} {append}".rstrip()
+        vmlinuz, initramfs = self._capture
+        self.put({"/tmp/vmlinuz": vmlinuz, "/tmp/initramfs": initramfs})
+        line = f"{self.capture_append} {append}".rstrip()
         self.sh(
             f"kexec -{syscall} -p {options} --initrd=/tmp/initramfs --command-line='{line}' /tmp/vmlinuz &&"
             " grep -q 1 /sys/kernel/kexec_crash_loaded && rm /tmp/vmlinuz /tmp/initramfs"
         )
 
-    def crash(self, timeout: float = BOOT_TIMEOUT) -> Ready:
-        """Crashes the kernel (sysrq c) and waits for the capture kernel's shell. Raises ConsoleError."""
-        self.serial.send("echo c > /proc/sysrq-trigger")
+    def crash(self, timeout: float = BOOT_TIMEOUT, command: str = "echo c > /proc/sysrq-trigger") -> Ready:
+        """Crashes the kernel by *command* and waits for the capture kernel's shell. Raises ConsoleError."""
+        self.serial.send(command)
         self.ready = self.serial.wait_ready(timeout)
         return self.ready
 
@@ -182,17 +161,6 @@ class Guest:
                 data["memaddr"], data["size"], data["requested-size"], data["max-size"], data["block-size"]
             )
         return truth
-
-    @property
-    def ram_files(self) -> tuple[RamFile, ...]:
-        """Where the host finds each physical address: boot RAM below and above 4 GiB, then the devices' regions."""
-        ram = self._qemu.ram_path("ram")
-        files = [RamFile("ram", ram, 0, 0, self._below_4g)]
-        if self._memory > self._below_4g:
-            files.append(RamFile("ram", ram, self._below_4g, 4 * GiB, self._memory - self._below_4g))
-        for name, truth in self.plug_truth().items():
-            files.append(RamFile(name, self._qemu.ram_path(name), 0, truth.memaddr, truth.max_size))
-        return tuple(files)
 
     def extents(self, name: str) -> RangeSet:
         """Populated bytes of device *name*, as offsets into its region: the plugged blocks, and any unplugged page that
@@ -230,3 +198,56 @@ class Guest:
             if now > end:
                 raise ConsoleError(f"{name}: still changing after {timeout:.0f} s, {truth}\n{self.console_tail}")
             time.sleep(0.1)
+
+
+class Guest(AnyGuest):
+    """A stock x86_64 guest.
+
+    *kernel* is one of ``debian.SUITES``; *memory* the boot RAM in bytes, of which *below_4g* lie below 4 GiB and the
+    rest from 4 GiB on; *online* the zone that added memory goes to ("movable": can be unplugged again; "kernel": the
+    kernel uses it for itself too); *oldmem* whether the initramfs has Python and oldmem, *testing* whether it has
+    ``makedumpfile-testing``."""
+
+    capture_append = "console=ttyS0 irqpoll nr_cpus=1 reset_devices panic=-1 harness.capture"
+
+    def __init__(
+        self,
+        kernel: str = "6.12",
+        *,
+        memory: int = 768 * MiB,
+        below_4g: int = 512 * MiB,
+        devices: Sequence[Device] = (),
+        crashkernel: str = "192M",
+        smp: int = 2,
+        online: Literal["movable", "kernel"] = "movable",
+        append: str = "",
+        oldmem: bool = True,
+        testing: bool = False,
+    ) -> None:
+        self.kernel = debian.kernel(kernel)
+        self.devices = {device.name: device for device in devices}
+        self._initramfs = images.initramfs(kernel, oldmem, testing)
+        self._memory = memory
+        self._below_4g = min(below_4g, memory)
+        self._smp = smp
+        options = f"console=ttyS0 panic=-1 crashkernel={crashkernel} memhp_default_state=online_{online}"
+        self._append = f"{options} {append}".rstrip()
+
+    @property
+    def _capture(self) -> tuple[Path, bytes]:
+        return self.kernel.vmlinuz, self._initramfs
+
+    def _start(self) -> Qemu:
+        hardware = pc(self._memory, self._below_4g, tuple(self.devices.values()), self._smp)
+        return Qemu(hardware, vmlinuz=self.kernel.vmlinuz, initramfs=self._initramfs, append=self._append)
+
+    @property
+    def ram_files(self) -> tuple[RamFile, ...]:
+        """Where the host finds each physical address: boot RAM below and above 4 GiB, then the devices' regions."""
+        ram = self._qemu.ram_path("ram")
+        files = [RamFile("ram", ram, 0, 0, self._below_4g)]
+        if self._memory > self._below_4g:
+            files.append(RamFile("ram", ram, self._below_4g, 4 * GiB, self._memory - self._below_4g))
+        for name, truth in self.plug_truth().items():
+            files.append(RamFile(name, self._qemu.ram_path(name), 0, truth.memaddr, truth.max_size))
+        return tuple(files)

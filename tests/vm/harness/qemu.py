@@ -10,6 +10,7 @@ import subprocess
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from .memory import Device, MiB
 from .qmp import Qmp, QmpError
@@ -29,21 +30,22 @@ class QemuError(Exception):
     """QEMU did not start; ends with what it said."""
 
 
-class Qemu:
-    """A started guest: ``qmp``, the ``console`` socket, and the files in ``folder`` (/dev/shm): ``ram``, one for each
-    device, ``tools`` (read-only disk of the guest) and ``scratch`` (disk that it may write)."""
+class Hardware(NamedTuple):
+    """What differs by machine: the words that start QEMU, those that describe processors and memory (whose files lie
+    in QEMU's working folder), those that make the character device ``console`` the console, the type of disks."""
 
-    def __init__(
-        self,
-        *,
-        vmlinuz: Path,
-        initramfs: bytes,
-        append: str,
-        memory: int,
-        below_4g: int,
-        devices: Sequence[Device],
-        smp: int,
-    ) -> None:
+    program: Sequence[str]
+    options: Sequence[str]
+    console: Sequence[str]
+    disk: str
+
+
+class Qemu:
+    """A started guest: ``qmp``, the ``console`` socket, and the files in ``folder`` (/dev/shm), where QEMU runs:
+    ``ram``, one for each device, ``tools`` (read-only disk of the guest) and ``scratch`` (disk that it may write).
+    ``command`` are the words that started it."""
+
+    def __init__(self, hardware: Hardware, *, vmlinuz: Path, initramfs: bytes, append: str) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="oldmem-vm-", dir=SHM))
         self._reaper = subprocess.Popen(
             ["sh", "-c", 'read -r _; rm -rf -- "$1"', "sh", self.folder], stdin=subprocess.PIPE, start_new_session=True
@@ -56,20 +58,19 @@ class Qemu:
             self.console, console = socket.socketpair()
             control, qmp = socket.socketpair()
             with console, qmp:
-                command = [
-                    *("setpriv", "--pdeathsig", "KILL", "--", PROGRAM),
+                self.command = [
+                    *hardware.program,
                     *("-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"),
-                    *("-accel", ACCELERATOR, "-cpu", CPU, "-smp", str(smp)),
-                    *("-kernel", str(vmlinuz), "-initrd", str(image), "-append", append),
-                    *("-chardev", f"socket,id=console,fd={console.fileno()}", "-serial", "chardev:console"),
+                    *hardware.options,
+                    *("-kernel", str(vmlinuz), "-initrd", image.name, "-append", append),
+                    *("-chardev", f"socket,id=console,fd={console.fileno()}", *hardware.console),
                     *("-chardev", f"socket,id=qmp,fd={qmp.fileno()}", "-mon", "chardev=qmp,mode=control"),
-                    *("-device", "vmcoreinfo"),
-                    *self._memory_options(memory, below_4g, devices, smp),
-                    *self._disk_options(),
+                    *self._disk_options(hardware.disk),
                 ]
                 with open(self.folder / "stderr", "wb") as errors:
                     self.process = subprocess.Popen(
-                        command,
+                        ["setpriv", "--pdeathsig", "KILL", "--", *self.command],
+                        cwd=self.folder,
                         stdin=subprocess.DEVNULL,
                         stdout=errors,
                         stderr=errors,
@@ -80,7 +81,7 @@ class Qemu:
                 self.qmp = Qmp(control)
             except QmpError as error:
                 self._end_process()
-                raise QemuError(f"{PROGRAM}: {error}: {self._said()}") from None
+                raise QemuError(f"{hardware.program[-1]}: {error}: {self._said()}") from None
         except BaseException:
             self._remove_files()
             raise
@@ -101,25 +102,12 @@ class Qemu:
         self.qmp.close()
         self._remove_files()
 
-    def _memory_options(self, memory: int, below_4g: int, devices: Sequence[Device], smp: int) -> list[str]:
-        most = memory + sum(device.size + ALIGNMENT_SLACK for device in devices)
-        options = ["-machine", f"q35,max-ram-below-4g={below_4g}", "-m", f"{memory // MiB}M,maxmem={most // MiB}M"]
-        options += ["-object", f"memory-backend-file,id=ram,size={memory},mem-path={self.ram_path('ram')},share=on"]
-        options += ["-numa", f"node,nodeid=0,memdev=ram,cpus=0-{smp - 1}"]  # without a node there is no SRAT
-        for name, size, requested, block_size in devices:
-            path = self.ram_path(name)
-            backend = f"memory-backend-file,id=mem-{name},size={size},mem-path={path},share=on,reserve=off"
-            # prealloc: a plugged block is populated at once, so the file's extents are the plug bitmap
-            device = f"virtio-mem-pci,id={name},memdev=mem-{name},node=0,block-size={block_size},prealloc=on"
-            options += ["-object", backend, "-device", f"{device},requested-size={requested}"]
-        return options
-
-    def _disk_options(self) -> list[str]:
+    def _disk_options(self, kind: str) -> list[str]:
         options: list[str] = []
         for name, path, readonly in (("tools", self.tools, "on"), ("scratch", self.scratch, "off")):
-            options += ["-drive", f"if=none,id={name},format=raw,file={path},readonly={readonly}"]
+            options += ["-drive", f"if=none,id={name},format=raw,file={path.name},readonly={readonly}"]
             # names such as vda are given in order of probing, which is not that of the command line
-            options += ["-device", f"virtio-blk-pci,drive={name},serial={name}"]
+            options += ["-device", f"{kind},drive={name},serial={name}"]
         return options
 
     def _sparse(self, name: str, size: int) -> Path:
@@ -141,6 +129,33 @@ class Qemu:
     def _remove_files(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
         self._reaper.communicate()
+
+
+def pc(memory: int, below_4g: int, devices: Sequence[Device], smp: int) -> Hardware:
+    """An x86_64 machine with *memory* bytes of boot RAM."""
+    most = memory + sum(device.size + ALIGNMENT_SLACK for device in devices)
+    options = ["-accel", ACCELERATOR, "-cpu", CPU, "-smp", str(smp), "-device", "vmcoreinfo"]
+    options += ["-machine", f"q35,max-ram-below-4g={below_4g}", "-m", f"{memory // MiB}M,maxmem={most // MiB}M"]
+    options += ram_backend(memory)
+    options += ["-numa", f"node,nodeid=0,memdev=ram,cpus=0-{smp - 1}"]  # without a node there is no SRAT
+    for device in devices:
+        options += virtio_mem("virtio-mem-pci", device, node=0)
+    return Hardware([PROGRAM], options, ["-serial", "chardev:console"], "virtio-blk-pci")
+
+
+def ram_backend(memory: int) -> list[str]:
+    """Boot RAM in a file of QEMU's folder."""
+    return ["-object", f"memory-backend-file,id=ram,size={memory},mem-path=ram,share=on"]
+
+
+def virtio_mem(kind: str, device: Device, **properties: object) -> list[str]:
+    """*device* as QEMU's device type *kind*, its memory in a file of QEMU's folder."""
+    name, size, requested, block_size = device
+    backend = f"memory-backend-file,id=mem-{name},size={size},mem-path={name},share=on,reserve=off"
+    # prealloc: a plugged block is populated at once, so the file's extents are the plug bitmap
+    words = [f"{kind},id={name},memdev=mem-{name},block-size={block_size},prealloc=on,requested-size={requested}"]
+    words += [f"{key}={value}" for key, value in properties.items()]
+    return ["-object", backend, "-device", ",".join(words)]
 
 
 def missing() -> str | None:

@@ -34,7 +34,7 @@ class Result(NamedTuple):
 
 
 class Serial:
-    """Console on *connection*; *log* has all that the guest ever printed."""
+    """Console on *connection*."""
 
     def __init__(self, connection: socket.socket) -> None:
         self._socket = connection
@@ -43,9 +43,14 @@ class Serial:
         self._count = 0
 
     @property
+    def log(self) -> str:
+        """All that was ever printed."""
+        return self._log.decode(errors="replace").replace("\r", "")
+
+    @property
     def tail(self) -> str:
         """The last lines of the console."""
-        return "\n".join(self._log.decode(errors="replace").replace("\r", "").splitlines()[-TAIL:])
+        return "\n".join(self.log.splitlines()[-TAIL:])
 
     def wait_ready(self, timeout: float) -> Ready:
         """Waits for the next kernel's init. Raises ConsoleError."""
