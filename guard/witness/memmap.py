@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """What the dead kernel's struct pages say of its pages: hardware poison, PageOffline (include/linux/page-flags.h).
 
-VMCOREINFO alone tells how to read them: where the memory map is (vmemmap), the size of struct page, the offsets of its
-fields, the number of the flag and the value of the page type. Both kinds of type words are understood: a type is a
-cleared bit (before 6.12), or the top byte (since). Only sections that were online are looked at: elsewhere struct pages
-may never have been initialised."""
+VMCOREINFO alone tells how to read them: where the memory map is (vmemmap, or through mem_section), the size of struct
+page, the offsets of its fields, the number of the flag and the value of the page type. Both kinds of type words are
+understood: a type is a cleared bit (before 6.12), or the top byte (since). Only sections that were online are looked
+at: elsewhere struct pages may never have been initialised."""
 
 from __future__ import annotations
 
@@ -93,9 +93,9 @@ def scan(
 
     Raises WitnessError where there is nothing to go by."""
     shape = shape_of(info)
-    vmemmap = info.symbol("vmemmap")
+    vmemmap = info.symbol("vmemmap") or sections.memmap  # 6.1 has no such line
     if vmemmap is None:
-        raise WitnessError("vmcoreinfo has no SYMBOL(vmemmap): where struct pages are is not known")
+        raise WitnessError("neither vmcoreinfo nor mem_section tells where struct pages are")
     page_size = info.page_size or 4096
     c_shape = ffi.new("struct memmap_shape *", shape._asdict())
     poisoned, offline = _Collected(page_size), _Collected(page_size)

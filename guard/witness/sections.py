@@ -21,6 +21,8 @@ from guard.witness.vmcoreinfo import Vmcoreinfo
 MARKED_PRESENT = 1 << 0
 HAS_MEM_MAP = 1 << 1
 IS_ONLINE = 1 << 2
+_STATE_BITS = 0x3F
+"""All of the low bits that have been states in some kernel; a memory map starts at a multiple of 64 bytes."""
 
 _MAX_SECTIONS = 1 << 28
 _MAX_READS = 1 << 16
@@ -33,11 +35,15 @@ _POINTERS = 1 << 15
 
 class Sections(NamedTuple):
     """Physical bytes in sections that are present, and in those that are online (present, with a memory map,
-    onlined)."""
+    onlined).
+
+    *memmap* is the virtual address of the struct page of pfn 0, whether there is one or not: the value that all online
+    sections have in section_mem_map (SPARSEMEM_VMEMMAP); None where theirs differ."""
 
     section_size: int
     present: RangeSet
     online: RangeSet
+    memmap: int | None = None
 
 
 def read_sections(walk: PageWalk, info: Vmcoreinfo, problems: Problems) -> Sections:
@@ -72,6 +78,7 @@ def read_sections(walk: PageWalk, info: Vmcoreinfo, problems: Problems) -> Secti
         )
     present: list[tuple[int, int]] = []
     online: list[tuple[int, int]] = []
+    memmaps: set[int] = set()
     for first, data in pieces:
         if len(present) + len(online) > _MAX_RUNS:
             problems.note(f"mem_section: more than {_MAX_RUNS} runs of sections, those from {first} on are left out")
@@ -82,7 +89,10 @@ def read_sections(walk: PageWalk, info: Vmcoreinfo, problems: Problems) -> Secti
                 _extend(present, number)
                 if state & HAS_MEM_MAP and state & IS_ONLINE:
                     _extend(online, number)
-    return Sections(1 << section_bits, _bytes(present, section_bits), _bytes(online, section_bits))
+                    if len(memmaps) < 2:
+                        memmaps.add(state & ~_STATE_BITS)
+    memmap = memmaps.pop() if len(memmaps) == 1 else None
+    return Sections(1 << section_bits, _bytes(present, section_bits), _bytes(online, section_bits), memmap)
 
 
 def _need(value: int | None, key: str) -> int:

@@ -196,3 +196,11 @@ def test_offline_sections_are_refused_unless_that_were_most_of_memory() -> None:
     assert rule.deny
     assert RangeSet(rule.pages.ranges(0, 1 << 46)) == RangeSet([Range(8 * SECTION, 10 * SECTION)])
     assert sections.rule(known._replace(online=RangeSet([(0, SECTION)])), ram) is None
+
+
+def test_memory_map_is_found_through_mem_section_where_vmcoreinfo_does_not_name_it() -> None:
+    kernel = DyingKernel()
+    kernel.memmap([0], {7: POISONED_PAGE})
+    del kernel.keys["SYMBOL(vmemmap)"]
+    marks, problems = scanned(kernel, [0], RangeSet([(0, SECTION)]))
+    assert (runs(marks)[0], list(problems)) == (RangeSet([(7 * PAGE, 8 * PAGE)]), [])

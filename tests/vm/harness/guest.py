@@ -206,7 +206,7 @@ class Guest(AnyGuest):
     *kernel* is one of ``debian.SUITES``; *memory* the boot RAM in bytes, of which *below_4g* lie below 4 GiB and the
     rest from 4 GiB on; *online* the zone that added memory goes to ("movable": can be unplugged again; "kernel": the
     kernel uses it for itself too); *oldmem* whether the initramfs has Python and oldmem, *testing* whether it has
-    ``makedumpfile-testing``."""
+    ``makedumpfile-testing``; *balloon* whether there is a virtio-balloon device (see :meth:`inflate`)."""
 
     capture_append = "console=ttyS0 irqpoll nr_cpus=1 reset_devices panic=-1 harness.capture"
 
@@ -223,6 +223,7 @@ class Guest(AnyGuest):
         append: str = "",
         oldmem: bool = True,
         testing: bool = False,
+        balloon: bool = False,
     ) -> None:
         self.kernel = debian.kernel(kernel)
         self.devices = {device.name: device for device in devices}
@@ -230,6 +231,7 @@ class Guest(AnyGuest):
         self._memory = memory
         self._below_4g = min(below_4g, memory)
         self._smp = smp
+        self._balloon = balloon
         options = f"console=ttyS0 panic=-1 crashkernel={crashkernel} memhp_default_state=online_{online}"
         self._append = f"{options} {append}".rstrip()
 
@@ -238,8 +240,19 @@ class Guest(AnyGuest):
         return self.kernel.vmlinuz, self._initramfs
 
     def _start(self) -> Qemu:
-        hardware = pc(self._memory, self._below_4g, tuple(self.devices.values()), self._smp)
+        hardware = pc(self._memory, self._below_4g, tuple(self.devices.values()), self._smp, self._balloon)
         return Qemu(hardware, vmlinuz=self.kernel.vmlinuz, initramfs=self._initramfs, append=self._append)
+
+    def inflate(self, size: int, timeout: float = 60.0) -> None:
+        """Has the guest's balloon driver (which the caller has loaded) give *size* bytes of boot RAM and of what is
+        plugged back to the host."""
+        total = self._qemu.qmp.command("query-balloon")["actual"]
+        self._qemu.qmp.command("balloon", value=total - size)
+        deadline = time.monotonic() + timeout
+        while self._qemu.qmp.command("query-balloon")["actual"] != total - size:
+            if time.monotonic() > deadline:
+                raise GuestError(f"the balloon did not grow to {size} bytes in {timeout:g} s")
+            time.sleep(0.1)
 
     @property
     def ram_files(self) -> tuple[RamFile, ...]:

@@ -14,7 +14,7 @@ from initramfs.kmod import ModuleTree
 from . import debian
 
 INIT = Path(__file__).resolve().parent / "guest" / "init"
-MODULES = ["virtio_pci", "virtio_blk", "virtio_mem", "fuse", "qemu_fw_cfg", "loop"]
+MODULES = ["virtio_pci", "virtio_blk", "virtio_mem", "virtio_balloon", "fuse", "qemu_fw_cfg", "loop"]
 TOOLS = ("/usr/sbin/kexec", "/usr/bin/makedumpfile")
 LEVEL = 3  # the image is made anew for each test run, and one level more or less does not matter to the guest
 

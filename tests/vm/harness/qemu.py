@@ -131,8 +131,8 @@ class Qemu:
         self._reaper.communicate()
 
 
-def pc(memory: int, below_4g: int, devices: Sequence[Device], smp: int) -> Hardware:
-    """An x86_64 machine with *memory* bytes of boot RAM."""
+def pc(memory: int, below_4g: int, devices: Sequence[Device], smp: int, balloon: bool) -> Hardware:
+    """An x86_64 machine with *memory* bytes of boot RAM, and a virtio-balloon device if so wished."""
     most = memory + sum(device.size + ALIGNMENT_SLACK for device in devices)
     options = ["-accel", ACCELERATOR, "-cpu", CPU, "-smp", str(smp), "-device", "vmcoreinfo"]
     options += ["-machine", f"q35,max-ram-below-4g={below_4g}", "-m", f"{memory // MiB}M,maxmem={most // MiB}M"]
@@ -140,6 +140,8 @@ def pc(memory: int, below_4g: int, devices: Sequence[Device], smp: int) -> Hardw
     options += ["-numa", f"node,nodeid=0,memdev=ram,cpus=0-{smp - 1}"]  # without a node there is no SRAT
     for device in devices:
         options += virtio_mem("virtio-mem-pci", device, node=0)
+    if balloon:
+        options += ["-device", "virtio-balloon-pci"]
     return Hardware([PROGRAM], options, ["-serial", "chardev:console"], "virtio-blk-pci")
 
 
