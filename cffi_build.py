@@ -13,12 +13,13 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 HEADERS = [
     "guard/csrc/pageset.h",
     "guard/csrc/gate.h",
+    "guard/csrc/guardfile.h",
     "guard/csrc/physmem.h",
     "guard/csrc/view.h",
     "guard/csrc/memmap.h",
     "capture/csrc/fuse.h",
 ]
-SOURCES = [name[:-1] + "c" for name in HEADERS]
+SOURCES = [name[:-1] + "c" for name in HEADERS] + ["guard/csrc/sum64.c"]  # which Python does not call
 
 
 def declarations(header: str) -> str:
@@ -35,7 +36,10 @@ ffibuilder.set_source(
     sources=SOURCES,
     include_dirs=[os.path.join(HERE, "guard/csrc"), os.path.join(HERE, "capture/csrc")],
     depends=HEADERS,
-    extra_compile_args=["-O2", "-std=gnu11", "-Wall", "-Wextra", "-Werror", "-Wno-unused-parameter"],
+    extra_compile_args=[
+        *("-O2", "-std=gnu11", "-fvisibility=hidden"),
+        *("-Wall", "-Wextra", "-Werror", "-Wno-unused-parameter"),
+    ],
     py_limited_api=True,
 )
 

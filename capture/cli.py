@@ -126,6 +126,17 @@ def cmd_header(args: argparse.Namespace) -> int:
     return finished(dump)
 
 
+def cmd_guard(args: argparse.Namespace) -> int:
+    from guard.compiled import compile_guard, write_guard
+
+    dump = open_dump(args)
+    if args.output == "-":
+        write_out(compile_guard(dump.registry), "-")
+    else:
+        write_guard(dump.registry, args.output)
+    return finished(dump)
+
+
 def cmd_save(args: argparse.Namespace) -> int:
     from capture.save import save
 
@@ -237,6 +248,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--json", action="store_true")
     p = command("header", cmd_header, "the header alone, as the vmcore starts", *both)
     p.add_argument("-o", "--output", metavar="FILE", required=True, help='"-" for standard output')
+    p = command("guard", cmd_guard, "the rules as a compiled guard, which C programs ask", *both)
+    p.add_argument("-o", "--output", metavar="FILE", required=True, help='"-" for standard output')
     p = command("mount", cmd_mount, "serve the vmcore over a file, or as a folder", *both)
     p.add_argument("target", help="a file (/proc/vmcore too) or a folder")
     p.add_argument("--foreground", action="store_true", help="stay until unmounted or interrupted")
@@ -263,6 +276,11 @@ def run(argv: list[str] | None = None) -> int:
 
         tell(str(e))
         return NOT_CAPTURE if isinstance(e, NotCaptureError) else FAILED
+    except ModuleNotFoundError as e:
+        if not (e.name or "").startswith(("capture.", "guard.")):
+            raise
+        tell(f"{args.command} is not part of this initramfs (no module {e.name})")
+        return FAILED
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     except MemoryError:

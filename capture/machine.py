@@ -9,19 +9,23 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from typing import TYPE_CHECKING
 
 from capture.arch import Arch
 from capture.memory_map import Device
 from capture.recorded import RecordedMachine
 from capture.sources import cmdline, files, firmware_memmap, fw_cfg, iomem, memory_blocks, report, smbios, srat
 from capture.sources.report import SourceReport
-from guard import devmem, loop, procvmcore, virtio_mem
+from guard import devmem, procvmcore, virtio_mem
 from guard.errors import Error, SourceError
 from guard.physmem import PREAD, Segment, layer, only
 from guard.procvmcore import CoreHeader
 from guard.ranges import Range, RangeSet
 from guard.virtio_search import set_blocks
 from guard.witness.memory import Problems
+
+if TYPE_CHECKING:
+    from guard.loop import LoopDevice
 
 SOURCES = {
     "fw_cfg": fw_cfg.read,
@@ -80,7 +84,7 @@ class Machine:
         self.source = ""
         self.unmapped: list[tuple[Range, str]] = []  # what the first choice of source refused, and why
         self._fds: list[int] = []
-        self._loops: list[loop.LoopDevice] = []
+        self._loops: list[LoopDevice] = []
         for f in self.reports["fw_cfg"].findings:
             if f.kind == report.VMCOREINFO:
                 self.vmcoreinfo_paddr = f.start
@@ -304,7 +308,9 @@ class ImageMachine(Machine):
 
     def _open_image(self, path: str) -> int:
         if self._use_loop and os.path.isfile(path):
-            device = loop.attach(path)
+            import guard.loop  # no capture kernel needs it
+
+            device = guard.loop.attach(path)
             self._loops.append(device)
             return device.fd
         try:

@@ -1,21 +1,7 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 #include "pageset.h"
 
-/* Index of the first run that ends beyond pfn; s->n if there is none. */
-static size_t run_after(const struct pageset *s, uint64_t pfn)
-{
-	size_t low = 0, high = s->n;
-
-	while (low < high) {
-		size_t mid = low + (high - low) / 2;
-
-		if (s->data[2 * mid + 1] > pfn)
-			high = mid;
-		else
-			low = mid + 1;
-	}
-	return low;
-}
+#include "verdict.h"
 
 static uint64_t next_in_runs(const struct pageset *s, uint64_t pfn, uint64_t end, bool member)
 {
@@ -33,15 +19,18 @@ static uint64_t next_in_runs(const struct pageset *s, uint64_t pfn, uint64_t end
 
 static uint64_t next_in_bitmap(const struct pageset *s, uint64_t pfn, uint64_t end, bool member)
 {
-	uint64_t bit, next;
+	uint64_t bit, last, next;
 
 	if (pfn < s->first) {
 		if (!member)
 			return pfn;
+		if (end <= s->first)
+			return end;
 		pfn = s->first;
 	}
-	bit = (pfn - s->first) / s->pages_per_bit;
-	while (bit < s->n) {
+	bit = bit_of(s, pfn - s->first);
+	last = bit_of(s, end - 1 - s->first);
+	while (bit < s->n && bit <= last) {
 		uint64_t word = s->data[bit / 64];
 
 		if (!member)
@@ -77,12 +66,5 @@ uint64_t pageset_next(const struct pageset *s, uint64_t pfn, uint64_t end, bool 
 
 bool pageset_has(const struct pageset *s, uint64_t pfn)
 {
-	if (pfn < s->first || pfn >= s->end)
-		return false;
-	if (s->pages_per_bit) {
-		uint64_t bit = (pfn - s->first) / s->pages_per_bit;
-
-		return bit < s->n && (s->data[bit / 64] >> bit % 64 & 1);
-	}
-	return pageset_next(s, pfn, pfn + 1, true) == pfn;
+	return has_page(s, pfn);
 }

@@ -5,5 +5,5 @@ Each scenario crashes a guest, keeps what the capture kernel's own /proc/vmcore 
 host sees it, and compares that vmcore with the one that oldmem builds from the memory.
 
 Modules: ``scenarios`` (which crashes), ``run`` (one of them), ``compare``, ``live`` (oldmem inside the capture
-kernel), ``fixture`` (small images from a run); ``guest`` (the machine), ``images`` (its initramfs), ``kernel`` and
-``core`` (built by a cross compiler), ``pieces`` (what comes from Debian)."""
+kernel), ``units`` (unit tests on a big-endian machine), ``fixture`` (small images from a run); ``guest`` (the machine),
+``images`` (its initramfs), ``kernel`` and ``core`` (built by a cross compiler), ``pieces`` (what comes from Debian)."""

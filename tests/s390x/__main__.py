@@ -5,9 +5,11 @@ of each whether oldmem built what the kernel built. Exit status: 0 all the same,
 from __future__ import annotations
 
 import argparse
+import fcntl
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from subprocess import SubprocessError
@@ -68,19 +70,35 @@ def main() -> int:
     if reason := pieces.missing():
         print(f"s390x: {reason}", file=sys.stderr)
         return 1
+    with alone():
+        return 0 if run_all({name: steps[name] for name in args.names or steps}) else 1
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """One command at a time: they keep their runs in the same folders."""
+    folder = pieces.store().folder
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "runs.lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def run_all(steps: dict[str, Callable[[], Outcome]]) -> bool:
+    """Prints the table; true if all is as it should be."""
     print(COLUMNS.format("scenario", "header", "vmcore", "readers", "warnings", "header s", "all s"), flush=True)
     good = True
-    for name in args.names or steps:
+    for name, step in steps.items():
         start = time.monotonic()
         try:
-            outcome = steps[name]()
+            outcome = step()
         except FAULTS as error:
             print(f"{name:<28} FAILED: {error}", flush=True)
             good = False
             continue
         row(name, outcome, time.monotonic() - start)
         good = good and outcome.good
-    return 0 if good else 1
+    return good
 
 
 if __name__ == "__main__":

@@ -4,12 +4,14 @@ on a big-endian machine too."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import io
 import subprocess
 import tempfile
 from pathlib import Path
 
-from cffi_build import HEADERS, HERE, ffibuilder
+from cffi_build import HERE, ffibuilder
 from tests.s390x import pieces
 from tests.vm.harness import FetchError
 
@@ -19,10 +21,12 @@ def build() -> Path:
     folder = pieces.store().folder / "core"
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as work:
-        extension = ffibuilder.distutils_extension(work, verbose=False)
+        with contextlib.redirect_stdout(io.StringIO()):  # cffi tells what it does, verbose or not
+            extension = ffibuilder.distutils_extension(work, verbose=False)
         sources = [Path(HERE, name) for name in extension.sources]
         flags = [*extension.extra_compile_args, *(f"-I{folder}" for folder in extension.include_dirs)]
-        contents = [path.read_bytes() for path in [*sources, *(Path(HERE, name) for name in HEADERS)]]
+        headers = [path for folder in extension.include_dirs for path in sorted(Path(folder).glob("*.h"))]
+        contents = [path.read_bytes() for path in [*sources, *headers]]
         final = folder / f"{hashlib.sha256(b'|'.join([repr(flags).encode(), *contents])).hexdigest()}.so"
         if not final.exists():
             made = Path(work, "_core.so")

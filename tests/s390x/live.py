@@ -30,7 +30,7 @@ def run() -> Verdict:
             g.crash()
             copy(g.scratch, kernels, int(g.sh(COPY, COPY_TIMEOUT)))
             start = time.monotonic()
-            said = g.sh("oldmem init -v")
+            said = g.sh("oldmem init")
             seconds = time.monotonic() - start
             (folder / "oldmem.log").write_text(said + g.sh("cat /run/oldmem/map.json /run/oldmem/guard.json"))
             if "/proc/vmcore" not in g.sh("cat /proc/mounts"):

@@ -12,7 +12,7 @@ import pytest
 from capture import cli
 from guard.errors import Error
 
-COMMANDS = ("map", "plug", "header", "mount", "save", "check", "record", "init")
+COMMANDS = ("map", "plug", "header", "guard", "mount", "save", "check", "record", "init")
 
 outside_of_capture = pytest.mark.skipif(os.path.exists("/proc/vmcore"), reason="this is a capture environment")
 
@@ -145,3 +145,12 @@ def test_standard_files_that_are_closed_full_or_gone(line: str, status: int | No
     done = shell(line)
     assert done.returncode in ((0, 141) if status is None else (status,))
     assert done.stderr == told
+
+
+def test_command_that_the_initramfs_lacks_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "capture.check", None)
+    monkeypatch.delattr("capture.check", raising=False)
+    assert cli.run(["check", "x"]) == 1
+    assert capsys.readouterr().err == "oldmem: check is not part of this initramfs (no module capture.check)\n"
