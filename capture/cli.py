@@ -63,7 +63,13 @@ def open_machine(args: argparse.Namespace) -> Machine:
 def open_dump(args: argparse.Namespace) -> Dump:
     from capture.dump import build
 
-    dump = build(open_machine(args), args.layout, args.mode)
+    rules = []
+    if args.deny or args.allow:
+        from guard.rules import static
+
+        rules = [static.deny(static.parse(args.deny))] if args.deny else []
+        rules += [static.allow(static.parse(args.allow))] if args.allow else []
+    dump = build(open_machine(args), args.layout, args.mode, rules)
     if not args.quiet:
         for line in dump.problems:
             warn(line)
@@ -231,6 +237,14 @@ def parser() -> argparse.ArgumentParser:
         default="dynamic",
         help="build the header, or take the kernel's own as it is",
     )
+    for option, about in (("--deny", "do not read these"), ("--allow", "read nothing but these")):
+        layout.add_argument(
+            option,
+            metavar="RANGES",
+            action="append",
+            default=[],
+            help=f"{about} physical ranges: 40000000-4fffffff, or a file with such lines (repeatable)",
+        )
     sub = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
     both = [machine, layout]
 

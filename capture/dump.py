@@ -5,7 +5,7 @@ sources -> envelope and rules -> gated memory -> the dead kernel's records -> me
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice, pairwise
 from typing import NamedTuple
 
@@ -19,7 +19,7 @@ from guard import procvmcore
 from guard.errors import SourceError
 from guard.physmem import ExactMemory, OldMemory, layer, only
 from guard.ranges import Range, RangeSet
-from guard.registry import Registry
+from guard.registry import Registry, Rule
 from guard.witness.memory import Problems
 
 CUT, KERNEL = "cut", "kernel"
@@ -40,10 +40,10 @@ class Difference(NamedTuple):
 
 
 class Dump:
-    """Everything about one dump. Raises SourceError or Error if there is nothing to build it from; whatever else is
-    wrong is a line in ``problems`` and the rest goes on."""
+    """Everything about one dump; *rules* are asked besides its own. Raises SourceError or Error if there is nothing to
+    build it from; whatever else is wrong is a line in ``problems`` and the rest goes on."""
 
-    def __init__(self, machine: Machine, layout: str = CUT, mode: str = DYNAMIC) -> None:
+    def __init__(self, machine: Machine, layout: str = CUT, mode: str = DYNAMIC, rules: Sequence[Rule] = ()) -> None:
         self.machine, self.layout, self.mode = machine, layout, mode
         self.arch = machine.arch
         if machine.header_is_the_kernels and mode != PRELOADED:
@@ -61,6 +61,8 @@ class Dump:
             why = "; ".join(line for name in memory_map.RAM_SOURCES for line in machine.reports[name].problems)
             raise SourceError(f"no source tells where the dead machine's RAM was: {why}")
         memory_map.install_rules(self.registry, self.envelope, self._foreign(), devices)
+        for rule in rules:
+            self.registry.register(rule)
         wanted = self.envelope.all.inner_pages(machine.page_size)
         segments = machine.open_segments(wanted)
         if self.mode == PRELOADED and machine.core_fd is not None and machine.core_header is not None:
@@ -193,10 +195,10 @@ class Dump:
         self.machine.close()
 
 
-def build(machine: Machine, layout: str = CUT, mode: str = DYNAMIC) -> Dump:
+def build(machine: Machine, layout: str = CUT, mode: str = DYNAMIC, rules: Sequence[Rule] = ()) -> Dump:
     """A Dump, with the machine closed again if that fails."""
     try:
-        return Dump(machine, layout, mode)
+        return Dump(machine, layout, mode, rules)
     except BaseException:
         machine.close()
         raise

@@ -351,3 +351,18 @@ def test_dump_of_64_sparse_gigabytes_is_a_matter_of_seconds(tmp_path: Path) -> N
     result = oldmem("save", "--machine", tmp_path, "-o", tmp_path / "vmcore", timeout=40)
     assert (result.status, result.warnings) == (0, [])
     assert (tmp_path / "vmcore").stat().st_size > 63 * GIB
+
+
+def test_ranges_that_the_user_denies_are_left_out_and_told(tmp_path: Path) -> None:
+    machine = RecordedKernel()
+    machine.finish_kernel()
+    machine.write(tmp_path)
+    header = tmp_path / "header"
+    result = oldmem("header", "--machine", tmp_path, "--deny", "140000000-14fffffff", "-o", header)
+    assert (result.status, result.lines) == (0, [])
+    with header.open("rb") as stream:
+        loads = [s.header for s in ELFFile(stream).iter_segments("PT_LOAD")]
+    listed = RangeSet((h["p_paddr"], h["p_paddr"] + h["p_memsz"]) for h in loads if h["p_vaddr"] != TEXT[0])
+    assert listed == RangeSet(READABLE) - RangeSet([(0x140000000, 0x150000000)])
+    wrong = oldmem("map", "--machine", tmp_path, "--deny", "nowhere")
+    assert (wrong.status, len(wrong.lines)) == (1, 1)
