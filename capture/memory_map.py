@@ -61,6 +61,16 @@ class Device(NamedTuple):
             pages = PageSet.of_bitmap(self.region.start, self.block_size, blocks, self.bitmap)
             yield from pages.ranges(*self.region)
 
+    def unplugged_runs(self) -> Iterator[Range]:
+        """What is not plugged, by the device's own word, one run at a time."""
+        reached = self.region.start
+        for run in self.plugged_runs():
+            if reached < run.start:
+                yield Range(reached, run.start)
+            reached = run.end
+        if self.bitmap is not None and reached < self.region.end:
+            yield Range(reached, self.region.end)
+
     @property
     def plugged(self) -> RangeSet:
         """All of :meth:`plugged_runs` at once."""

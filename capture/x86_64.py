@@ -120,14 +120,14 @@ class X86_64(Arch):
                 dump.registry.register(rule)
         if marks.offline is None:
             return
+        looked_at = (known.online & ram) - marks.unread
         for device in self.machine.devices:
-            if device.bitmap is not None:
-                unplugged = (RangeSet([device.region]) - device.plugged) & ram
-                if used := page_offline.unmarked(marks.offline, unplugged, known.online - marks.unread):
-                    dump.problems.note(
-                        f"{device.name}: {used} is not plugged, but the dead kernel had its pages in use; "
-                        "the device is believed"
-                    )
+            used, size = page_offline.unmarked(marks.offline, device.unplugged_runs(), looked_at)
+            if used:
+                dump.problems.note(
+                    f"{device.name}: {size:#x} bytes ({used}) are not plugged, but the dead kernel had their pages in "
+                    "use; the device is believed"
+                )
 
     def _locate_devices(self, dump: Dump, dead: DeadKernel) -> None:
         """A virtio-mem device that we could not even ask where it is, the dead kernel's driver had claimed."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import sys
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from guard._core import ffi, lib
@@ -36,10 +36,18 @@ class PageSet:
     @classmethod
     def of_ranges(cls, ranges: RangeSet, page_size: int = 4096) -> PageSet:
         """The pages that lie wholly inside *ranges* (bytes)."""
+        return cls.of_ascending(ranges.inner_pages(page_size), page_size)
+
+    @classmethod
+    def of_ascending(cls, ranges: Iterable[Range], page_size: int = 4096) -> PageSet:
+        """As :meth:`of_ranges` of whole pages that ascend and do not overlap, without a copy of them all."""
         shift = page_size.bit_length() - 1
         data = array("Q")
-        for start, end in ranges.inner_pages(page_size):
-            data.extend((start >> shift, end >> shift))
+        for start, end in ranges:
+            if data and data[-1] == start >> shift:
+                data[-1] = end >> shift
+            else:
+                data.extend((start >> shift, end >> shift))
         return cls(0, 1 << 64 - shift, data, len(data) // 2, 0, shift)
 
     @classmethod

@@ -23,9 +23,10 @@ from guard.witness.vmcoreinfo import Vmcoreinfo
 
 _PIECE = 1 << 18
 """Bytes of memory map read at a time."""
+_RUN_SIZE = 16
+"""Bytes that a run costs in a PageSet."""
 _PAGE_TYPE_BASE = 0xF0000000
 _SMALL_FLAGS = 0xFFF
-_TAIL_BYTES = 8
 _MAX_POISONED, _MAX_POISONED_SHARE = 1024, 1 / 16
 """More pages than both with the flag are no hardware failure but a memory map that is not one."""
 
@@ -142,8 +143,8 @@ def _c(bits: bytearray) -> object:
 
 
 def _pieces(ranges: RangeSet, struct_size: int, page_size: int) -> Iterator[Range]:
-    """*ranges* in pieces whose struct pages are at most _PIECE bytes, aligned so that each starts a byte of bits."""
-    step = _PIECE // struct_size // 64 * 64 * page_size
+    """*ranges* in pieces whose struct pages are at most _PIECE bytes."""
+    step = _PIECE // struct_size * page_size
     for start, end in ranges.inner_pages(page_size):
         while start < end:
             stop = min(end, (start // step + 1) * step)
@@ -166,14 +167,29 @@ class _Collected:
             self._bits.append((first, count, bytes(bits)))
 
     def pageset(self) -> PageSet:
-        """All of them; as runs, which are few where memory was given away in large pieces."""
+        """All of them; as runs where these are few, as they are where memory was given away in large pieces, else as
+        one bitmap: this lives in a capture kernel."""
         size = self._page_size
-        runs: list[tuple[int, int]] = []
+        if not self._bits:
+            return PageSet.of_ranges(RangeSet(), size)
+        # the pieces start anywhere, and two may share a byte of the bitmap
+        start, end = self._bits[0][0] & -64, sum(self._bits[-1][:2])
+        runs = sum((number & ~(number << 1)).bit_count() for number in self._numbers())
+        if runs * _RUN_SIZE < (end - start) // 8:
+            return PageSet.of_ascending(self._runs(), size)
+        whole = bytearray((end - start + 7) // 8)
+        for first, _, bits in self._bits:
+            at, shift = divmod(first - start, 8)
+            there = slice(at, at + (len(bits) * 8 + shift + 7) // 8)
+            number = int.from_bytes(whole[there], "little") | int.from_bytes(bits, "little") << shift
+            whole[there] = number.to_bytes(len(whole[there]), "little")
+        return PageSet.of_bitmap(start * size, size, end - start, bytes(whole), size)
+
+    def _numbers(self) -> Iterator[int]:
+        return (int.from_bytes(bits, "little") for _, _, bits in self._bits)
+
+    def _runs(self) -> Iterator[Range]:
+        size = self._page_size
         for first, count, bits in self._bits:
             part = PageSet.of_bitmap(first * size, size, count, bits, size)
-            for run in part.ranges(first * size, (first + count) * size):
-                if runs and runs[-1][1] == run.start:
-                    runs[-1] = (runs[-1][0], run.end)
-                else:
-                    runs.append(run)
-        return PageSet.of_ranges(RangeSet(runs), size)
+            yield from part.ranges(first * size, (first + count) * size)

@@ -13,7 +13,7 @@ from guard._core import ffi, lib
 from guard.errors import WitnessError
 from guard.ranges import Range, RangeSet
 from guard.rules import hwpoison, page_offline, sections
-from guard.witness.memmap import Marks, Shape, scan, shape_of
+from guard.witness.memmap import Marks, Shape, _Collected, scan, shape_of
 from guard.witness.memory import Problems
 from guard.witness.pagewalk import x86_64
 from guard.witness.sections import Sections, read_sections
@@ -182,10 +182,20 @@ def test_unplugged_memory_that_the_kernel_used_is_a_contradiction() -> None:
     kernel.memmap([0], {16: OFFLINE_PAGE * 16})
     marks, _ = scanned(kernel, [0], RangeSet([(0, SECTION)]))
     assert marks.offline is not None
-    unplugged = RangeSet([(16 * PAGE, 40 * PAGE), (2 * SECTION, 3 * SECTION)])
-    assert page_offline.unmarked(marks.offline, unplugged, RangeSet([(0, SECTION)])) == RangeSet(
-        [(32 * PAGE, 40 * PAGE)]
-    )
+    unplugged = RangeSet([(8 * PAGE, 40 * PAGE), (2 * SECTION, 3 * SECTION)])
+    used = RangeSet([(8 * PAGE, 16 * PAGE), (32 * PAGE, 40 * PAGE)])
+    assert page_offline.unmarked(marks.offline, unplugged, RangeSet([(0, SECTION)])) == (used, 16 * PAGE)
+
+
+def test_scattered_marks_are_kept_as_a_bitmap_and_few_as_runs() -> None:
+    kernel = DyingKernel()
+    kernel.memmap([0, 1], {0: (OFFLINE_PAGE + bytes(64)) * 16384, 32768 + 64: POISONED_PAGE})
+    marks, _ = scanned(kernel, [0, 1], RangeSet([(0, 2 * SECTION)]))
+    assert runs(marks)[1] == RangeSet((pfn * PAGE, (pfn + 1) * PAGE) for pfn in range(0, 32768, 2))
+    assert marks.offline is not None
+    assert marks.poisoned is not None
+    assert len(marks.offline.data) * 8 == 32768 // 8
+    assert len(marks.poisoned.data) == 2
 
 
 def test_offline_sections_are_refused_unless_that_were_most_of_memory() -> None:
@@ -204,3 +214,24 @@ def test_memory_map_is_found_through_mem_section_where_vmcoreinfo_does_not_name_
     del kernel.keys["SYMBOL(vmemmap)"]
     marks, problems = scanned(kernel, [0], RangeSet([(0, SECTION)]))
     assert (runs(marks)[0], list(problems)) == (RangeSet([(7 * PAGE, 8 * PAGE)]), [])
+
+
+pfns = st.lists(st.integers(0, 700), max_size=30).map(lambda borders: sorted(set(borders)))
+
+
+@given(pfns, st.sets(st.integers(0, 700)), st.booleans())
+def test_collected_marks_are_the_same_as_runs_and_as_bitmap(
+    borders: list[int], marked: set[int], everything: bool
+) -> None:
+    """Pieces between borders, wherever these lie; with *everything* many runs, so that it becomes a bitmap."""
+    base = 1 << 20
+    collected = _Collected(PAGE)
+    expected: set[int] = set()
+    for first, end in zip(borders[::2], borders[1::2], strict=False):
+        chosen = {p for p in range(first, end) if p in marked or (everything and p % 2)}
+        expected |= chosen
+        bits = sum(1 << (p - first) for p in chosen)
+        collected.add(base + first, end - first, bytearray(bits.to_bytes((end - first + 7) // 8, "little")))
+    found = collected.pageset()
+    assert {pfn - base for pfn in range(base - 64, base + 1000) if found.has(pfn)} == expected
+    assert collected.pages == len(expected)
