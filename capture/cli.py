@@ -50,14 +50,15 @@ def write_out(data: bytes, path: str) -> None:
 
 
 def open_machine(args: argparse.Namespace) -> Machine:
-    from capture import recorded
-    from capture.machine import ImageMachine, LiveMachine
+    if args.machine is None and args.image is None:
+        from capture.machine import LiveMachine
 
-    if args.machine is not None:
-        return ImageMachine(recorded.load(args.machine), args.loop)
-    if args.image is not None:
-        return ImageMachine(recorded.of_image(args.image), args.loop)
-    return LiveMachine(args.source, args.force)
+        return LiveMachine(args.source, args.force)
+    from capture import recorded
+    from capture.image_machine import ImageMachine
+
+    record = recorded.of_image(args.image) if args.machine is None else recorded.load(args.machine)
+    return ImageMachine(record, args.loop)
 
 
 def open_dump(args: argparse.Namespace) -> Dump:

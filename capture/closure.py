@@ -16,6 +16,7 @@ MODULES = (
     "capture.record",
     "capture.save",
     "guard.compiled",
+    "guard.rules.static",
     f"capture.{os.uname().machine}",  # no machine needs another one's
     # the interpreter imports these late, for the terminal's encoding, file names and errors
     "encodings.ascii",

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The machine whose memory is to be shown: the one that this capture kernel came from, or a recorded one.
+"""The machine whose memory is to be shown: the one that this capture kernel came from, or a recorded one
+(image_machine.py).
 
 Both answer the same questions: what firmware and sysfs say, what belongs to the capture kernel, what the virtio-mem
 devices say, and which files show its memory."""
@@ -9,23 +10,17 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from typing import TYPE_CHECKING
 
 from capture.arch import Arch
 from capture.memory_map import Device
-from capture.recorded import RecordedMachine
-from capture.sources import cmdline, files, firmware_memmap, fw_cfg, iomem, memory_blocks, report, smbios, srat
+from capture.sources import cmdline, firmware_memmap, fw_cfg, iomem, memory_blocks, report, smbios, srat
 from capture.sources.report import SourceReport
 from guard import devmem, procvmcore, virtio_mem
 from guard.errors import Error, SourceError
-from guard.physmem import PREAD, Segment, layer, only
+from guard.physmem import Segment, layer, only
 from guard.procvmcore import CoreHeader
 from guard.ranges import Range, RangeSet
-from guard.virtio_search import set_blocks
 from guard.witness.memory import Problems
-
-if TYPE_CHECKING:
-    from guard.loop import LoopDevice
 
 SOURCES = {
     "fw_cfg": fw_cfg.read,
@@ -41,17 +36,14 @@ SOURCES = {
 def arch_named(name: str) -> type[Arch]:
     """The architecture called so by uname(2). No machine needs another one's, so each is imported when it is asked for.
     Raises Error."""
-    try:
-        if name == "x86_64":
-            from capture.x86_64 import X86_64
+    if name == "x86_64":
+        from capture.x86_64 import X86_64
 
-            return X86_64
-        if name == "s390x":
-            from capture.s390x import S390x
+        return X86_64
+    if name == "s390x":
+        from capture.s390x import S390x
 
-            return S390x
-    except ModuleNotFoundError as e:
-        raise Error(f"machine architecture {name}: {e.name} is not part of this initramfs") from None
+        return S390x
     raise Error(f"machine architecture {name}: headers are built for x86_64 and s390x only")
 
 
@@ -84,7 +76,6 @@ class Machine:
         self.source = ""
         self.unmapped: list[tuple[Range, str]] = []  # what the first choice of source refused, and why
         self._fds: list[int] = []
-        self._loops: list[LoopDevice] = []
         for f in self.reports["fw_cfg"].findings:
             if f.kind == report.VMCOREINFO:
                 self.vmcoreinfo_paddr = f.start
@@ -129,9 +120,7 @@ class Machine:
     def close(self) -> None:
         for fd in self._fds:
             os.close(fd)
-        for device in self._loops:
-            device.close()
-        self._fds, self._loops = [], []
+        self._fds = []
 
 
 class LiveMachine(Machine):
@@ -241,81 +230,3 @@ def _own_vmcoreinfo() -> int | None:
             return int(file.read().split()[0], 16)
     except (OSError, ValueError, IndexError):
         return None
-
-
-class ImageMachine(Machine):
-    """A recorded machine: images for memory, copies of /sys and /proc for facts. *use_loop* attaches the images as
-    read-only loop devices. Raises SourceError (images), DeviceError (loop devices), or Error."""
-
-    def __init__(self, record: RecordedMachine, use_loop: bool = False) -> None:
-        self.record = record
-        super().__init__(record.root_path, record.arch)
-        self.page_size, self.capture_release = record.page_size, record.capture_release
-        if record.vmcoreinfo_paddr is not None:
-            self.vmcoreinfo_paddr = record.vmcoreinfo_paddr
-        self.phdr_note_align = record.phdr_note_align
-        self._use_loop = use_loop
-        for line in record.notes:
-            self.problems.note(line)
-        if not (self.arch.kernel_builds_header or self.reports["iomem"].available):
-            self.problems.note(
-                f"{self.reports['iomem'].problems[0]}; only the first MiB is taken to be the capture kernel's own"
-            )
-        core = os.path.join(record.root_path, "proc/vmcore")
-        try:
-            self._open_core(files.resolve(record.root_path, "proc/vmcore"), core)
-        except OSError as e:
-            self.problems.note(f"{core}: {e.strerror}; taken as absent")
-        self.images = RangeSet((r.paddr, r.paddr + r.size) for r in record.ram)
-        for v in record.virtio_mem:
-            blocks = v.usable_region_size // v.block_size
-            bitmap = bytearray((blocks + 7) // 8)
-            for first, count in v.plugged:
-                set_blocks(bitmap, first, count)
-            region = Range(v.addr, v.addr + v.region_size)
-            self.devices.append(
-                Device(
-                    f"virtio-mem {v.addr:#x}",
-                    region,
-                    *(v.usable_region_size, v.block_size, v.plugged_size, v.requested_size, v.node_id),
-                    bytes(bitmap),
-                    "recorded",
-                )
-            )
-        try:
-            self._segments = self._open_images()
-            self.arch.look(self._segments)
-        except BaseException:
-            self.close()
-            raise
-
-    def open_segments(self, wanted: RangeSet) -> list[Segment]:
-        return only(self.arch.old_view(self._segments), wanted)
-
-    def _open_images(self) -> list[Segment]:
-        """All images, by the addresses that memory had when they were taken."""
-        parts = [(r.image, r.offset, r.paddr, r.size) for r in self.record.ram]
-        parts += [(v.image, v.offset, v.addr, v.region_size) for v in self.record.virtio_mem if v.image is not None]
-        opened: dict[str, int] = {}
-        found = []
-        for image, offset, paddr, size in sorted(parts, key=lambda p: p[2]):
-            path = self.record.resolve(image)
-            if path not in opened:
-                opened[path] = self._open_image(path)
-            found.append(Segment(paddr, size, opened[path], offset, PREAD, path))
-        self.source = "images" + (" on loop devices" if self._use_loop else "")
-        return found
-
-    def _open_image(self, path: str) -> int:
-        if self._use_loop and os.path.isfile(path):
-            import guard.loop  # no capture kernel needs it
-
-            device = guard.loop.attach(path)
-            self._loops.append(device)
-            return device.fd
-        try:
-            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError as e:
-            raise SourceError(f"{path}: {e.strerror}") from None
-        self._fds.append(fd)
-        return fd

@@ -10,7 +10,7 @@ from time import process_time
 from typing import NamedTuple
 
 from capture.dump import build
-from capture.machine import ImageMachine
+from capture.image_machine import ImageMachine
 from capture.recorded import load
 from tests.bench.footprint import footprint
 from tests.image.s390x_machine import GIB, MIB, S390xMachine

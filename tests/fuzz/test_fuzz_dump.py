@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from capture import report
 from capture.dump import Dump, build
-from capture.machine import ImageMachine
+from capture.image_machine import ImageMachine
 from capture.recorded import load
 from guard.errors import Error
 from guard.physmem import covered

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from capture import report
 from capture.dump import Dump, build
-from capture.machine import ImageMachine
+from capture.image_machine import ImageMachine
 from capture.recorded import RecordedMachine, load, of_image
 from guard.errors import Error, SourceError
 from guard.physmem import covered

@@ -530,7 +530,7 @@ def test_caller_with_closed_standard_files_gets_a_working_mount(
 BRING_UP = """
 from capture.dump import build
 from capture.init import bring_up
-from capture.machine import ImageMachine
+from capture.image_machine import ImageMachine
 from capture.recorded import load
 from guard.errors import Error
 machine, folder, over = sys.argv[1:]

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from capture.dump import build
-from capture.machine import ImageMachine
+from capture.image_machine import ImageMachine
 from capture.recorded import load, of_image
 from tests.image.machines import RecordedKernel, oldmem
 from tests.image.s390x_machine import (

@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from capture.dump import Dump, build
-from capture.machine import ImageMachine
+from capture.image_machine import ImageMachine
 from capture.recorded import load, of_image
 from capture.s390x import swapped
 from guard.physmem import PREAD, OldMemory, Segment

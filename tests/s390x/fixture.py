@@ -21,7 +21,7 @@ from unittest import mock
 
 from capture import recorded
 from capture.dump import KERNEL, build
-from capture.machine import ImageMachine
+from capture.image_machine import ImageMachine
 from guard import procvmcore
 from guard.errors import Error
 from guard.physmem import OldMemory

@@ -18,7 +18,7 @@ SHOW = """
 import sys
 from capture.dump import Dump
 from capture.init import texts
-from capture.machine import ImageMachine
+from capture.image_machine import ImageMachine
 from capture.recorded import load
 from capture.memory_map import Device
 from guard.ranges import Range
