@@ -13,6 +13,7 @@ import stat
 from itertools import pairwise
 from typing import Any, NamedTuple, NoReturn
 
+from guard import whole_file
 from guard.errors import SourceError
 from guard.virtio_mem import MAX_BLOCKS
 
@@ -134,18 +135,8 @@ def save(folder: str, machine: RecordedMachine) -> None:
     text = _text(_document(machine))
     from_document(json.loads(text), folder)
     file = os.path.join(folder, FILE)
-    temporary = f"{file}.{os.getpid()}.tmp"
     try:
-        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
-        try:
-            with open(fd, "w", encoding="ascii") as stream:
-                stream.write(text + "\n")
-                stream.flush()
-                os.fsync(fd)
-            os.rename(temporary, file)
-        except BaseException:
-            os.unlink(temporary)
-            raise
+        whole_file.replace(file, text.encode("ascii") + b"\n")
     except OSError as error:
         raise _error(f"{file}: cannot be written: {error.strerror}") from None
 

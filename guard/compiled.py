@@ -13,6 +13,7 @@ import struct
 from array import array
 from typing import TYPE_CHECKING
 
+from guard import whole_file
 from guard._core import ffi, lib
 from guard.errors import Error, SourceError
 from guard.pageset import PageSet
@@ -92,42 +93,13 @@ def write_guard(registry: Registry, path: str) -> None:
     Raises Error where it cannot be written, or where something that is no file is there."""
     data = compile_guard(registry)
     path = os.path.realpath(path)
-    beside = f"{path}.{os.getpid()}.new"
     try:
         with contextlib.suppress(FileNotFoundError):
             if not stat.S_ISREG(os.stat(path).st_mode):
                 raise Error(f"{path}: is no regular file, and will not be replaced by one")
-        _write_new(beside, data)
-        try:
-            os.rename(beside, path)
-        except OSError:
-            os.unlink(beside)
-            raise
-        _sync_folder(os.path.dirname(path))
+        whole_file.replace(path, data)
     except OSError as e:
         raise Error(f"{path}: {e.strerror}") from None
-
-
-def _write_new(path: str, data: bytes) -> None:
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(path)  # of an earlier process with our number
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-    try:
-        with open(fd, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(fd)
-    except BaseException:
-        os.unlink(path)
-        raise
-
-
-def _sync_folder(path: str) -> None:
-    """The rename is for the disk too; a file system that cannot sync a folder has done what it can."""
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    with contextlib.suppress(OSError):
-        os.fsync(fd)
-    os.close(fd)
 
 
 def _line(text: CData) -> str:
