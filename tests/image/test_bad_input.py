@@ -683,12 +683,12 @@ def test_image_cut_while_it_is_read_costs_what_was_cut_and_is_told(tmp_path: Pat
     folder = machine.write(tmp_path)
     code = (
         "import os, sys\n"
-        "from capture import machine, cli\n"
-        "opened = machine.ImageMachine.open_segments\n"
+        "from capture import cli, image_machine\n"
+        "opened = image_machine.ImageMachine.open_segments\n"
         "def cut(self, wanted):\n"
         f"    os.truncate({str(folder / 'ram.raw')!r}, {5 * GIB})\n"
         "    return opened(self, wanted)\n"
-        "machine.ImageMachine.open_segments = cut\n"
+        "image_machine.ImageMachine.open_segments = cut\n"
         "sys.exit(cli.run(sys.argv[1:]))\n"
     )
     out = tmp_path / "vmcore"
