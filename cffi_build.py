@@ -10,7 +10,9 @@ import re
 from cffi import FFI
 
 HERE = os.path.dirname(os.path.abspath(__file__))
+LIBC = "guard/csrc/libc.h"
 HEADERS = [
+    LIBC,
     "guard/csrc/pageset.h",
     "guard/csrc/gate.h",
     "guard/csrc/guardfile.h",
@@ -19,7 +21,7 @@ HEADERS = [
     "guard/csrc/memmap.h",
     "capture/csrc/fuse.h",
 ]
-SOURCES = [name[:-1] + "c" for name in HEADERS] + ["guard/csrc/sum64.c"]  # which Python does not call
+SOURCES = [name[:-1] + "c" for name in HEADERS if name != LIBC] + ["guard/csrc/sum64.c"]  # which Python does not call
 
 
 def declarations(header: str) -> str:

@@ -7,12 +7,12 @@ unmounts and ends (PR_SET_PDEATHSIG)."""
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 import time
 
 from capture.fuse import FuseServer, unmount_all
+from guard._core import ffi, lib
 from guard.errors import Error
 
 PR_SET_PDEATHSIG = 1  # include/uapi/linux/prctl.h
@@ -49,7 +49,7 @@ def serve_until_stopped(server: FuseServer, undo: list[str]) -> None:
 
 def _server_process(server: FuseServer, undo: list[str], watcher: int) -> int:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+    lib.prctl(PR_SET_PDEATHSIG, ffi.cast("unsigned long", signal.SIGTERM))
     if os.getppid() != watcher:  # died before it could tell
         unmount_all(undo, server.device)
         return 1

@@ -5,7 +5,6 @@ with the vmcore for mmap and small reads, vmcore.direct for large ones, and repo
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import mmap
 import os
@@ -31,22 +30,20 @@ HUGE_PAGE = 2 << 20
 MADV_COLLAPSE = 25  # Linux 6.1; works where transparent huge pages are off, as they are below 512 MiB of RAM
 READ_AHEAD_KB = 1024
 
-_libc = ctypes.CDLL(None, use_errno=True)
-
 
 def mount(source: str, target: str, kind: str | None, flags: int, options: str | None) -> None:
     """mount(2). Raises Error naming the target and the reason."""
 
-    def encode(text: str | None) -> bytes | None:
-        return None if text is None else os.fsencode(text)
+    def encode(text: str | None) -> CData:
+        return ffi.NULL if text is None else ffi.new("char[]", os.fsencode(text))
 
-    if _libc.mount(encode(source), encode(target), encode(kind), ctypes.c_ulong(flags), encode(options)):
-        raise Error(f"cannot mount on {target}: {os.strerror(ctypes.get_errno())}")
+    if lib.mount(encode(source), encode(target), encode(kind), flags, encode(options)):
+        raise Error(f"cannot mount on {target}: {os.strerror(ffi.errno)}")
 
 
 def unmount(target: str) -> None:
     """Detach the topmost mount on *target*; what still has files open keeps them. No mount there is no error."""
-    _libc.umount2(os.fsencode(target), MNT_DETACH)
+    lib.umount2(os.fsencode(target), MNT_DETACH)
 
 
 def unmount_all(targets: list[str], device: str | None) -> None:

@@ -7,12 +7,12 @@ address to a device checks again before each request and after each answer."""
 
 from __future__ import annotations
 
-import ctypes
 import mmap
 import os
 import struct
 
-from .errors import DeviceError
+from guard._core import ffi, lib
+from guard.errors import DeviceError
 
 PAGE_SIZE = mmap.PAGESIZE
 _PRESENT = 1 << 63
@@ -31,8 +31,8 @@ class PinnedPage:
         self._pagemap = pagemap
         self._paddr = 0
         self._map = mmap.mmap(-1, PAGE_SIZE, mmap.MAP_SHARED | mmap.MAP_ANONYMOUS)
-        # The ctypes object lives for this expression only: one that stays would keep the mapping from being closed.
-        self._vaddr = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
+        # The cffi object lives for this expression only: one that stays would keep the mapping from being closed.
+        self._vaddr = int(ffi.cast("uintptr_t", ffi.from_buffer("char[]", self._map)))
         self.view = memoryview(self._map)
         try:
             self._lock()
@@ -42,9 +42,8 @@ class PinnedPage:
             raise
 
     def _lock(self) -> None:
-        libc = ctypes.CDLL(None, use_errno=True)
-        if libc.mlock(ctypes.c_void_p(self._vaddr), ctypes.c_size_t(PAGE_SIZE)):
-            raise DeviceError(f"cannot lock one page of memory for a device: {os.strerror(ctypes.get_errno())}")
+        if lib.mlock(ffi.cast("void *", self._vaddr), PAGE_SIZE):
+            raise DeviceError(f"cannot lock one page of memory for a device: {os.strerror(ffi.errno)}")
 
     def _lookup(self) -> int:
         try:
