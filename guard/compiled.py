@@ -57,7 +57,7 @@ def compile_guard(registry: Registry) -> bytes:
 
     What a rule answered in trouble is in its pages; policies and troubled ranges are not kept. Raises Error if there
     are too many rules, or one that no file can say."""
-    rules = list(registry)
+    rules, gate = registry.in_force()
     if len(rules) > MAX_RULES:
         raise Error(f"{len(rules)} rules: a compiled guard has at most {MAX_RULES}")
     texts = bytearray()
@@ -72,7 +72,7 @@ def compile_guard(registry: Registry) -> bytes:
     del texts
     _pad(data)
     for i, rule in enumerate(rules):
-        c = registry.c.rules[i]
+        c = gate.rules[i]
         shape = (c.first, c.end, c.set.first, c.set.end, c.set.pages_per_bit, c.set.n, len(data))
         ENTRY.pack_into(data, HEADER.size + i * ENTRY.size, *shape, *places[4 * i : 4 * i + 4], DENY * rule.deny, 0)
         data += _array(c.set)
@@ -115,13 +115,30 @@ def open_guard(path: str) -> Registry:
     if lib.guardfile_open(f, os.fsencode(path), why, WHY):
         raise SourceError(f"{path}: {_line(why)}")
     try:
-        registry = Registry(1 << f.page_shift)
-        for i in range(f.n):
-            registry.register(_rule(f, i))
+        return _registry(f)
     except ValueError as e:
         raise SourceError(f"{path}: {e}") from None
     finally:
         lib.guardfile_close(f)
+
+
+def parse_guard(data: bytes) -> Registry:
+    """As :func:`open_guard`, of the bytes that :func:`compile_guard` makes."""
+    f = ffi.new("struct guardfile *")
+    why = ffi.new("char[]", WHY)
+    mapped = ffi.from_buffer("char[]", data)
+    if lib.guardfile_check(f, mapped, len(data), why, WHY):
+        raise SourceError(_line(why))
+    try:
+        return _registry(f)
+    except ValueError as e:
+        raise SourceError(str(e)) from None
+
+
+def _registry(f: CData) -> Registry:
+    registry = Registry(1 << f.page_shift)
+    for i in range(f.n):
+        registry.register(_rule(f, i))
     return registry
 
 

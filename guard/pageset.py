@@ -9,10 +9,12 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from guard._core import ffi, lib
-from guard.ranges import Range, RangeSet
+from guard.ranges import Range, RangeSet, merged
 
 if TYPE_CHECKING:
     from guard._core import CData
+
+_END = 1 << 64
 
 
 class PageSet:
@@ -35,19 +37,21 @@ class PageSet:
 
     @classmethod
     def of_ranges(cls, ranges: RangeSet, page_size: int = 4096) -> PageSet:
-        """The pages that lie wholly inside *ranges* (bytes)."""
-        return cls.of_ascending(ranges.inner_pages(page_size), page_size)
+        """The pages that lie wholly inside *ranges* (bytes). Raises ValueError as :meth:`of_ascending`."""
+        mask = page_size - 1
+        return cls.of_ascending(((r.start + mask & ~mask, r.end & ~mask) for r in ranges), page_size)
 
     @classmethod
-    def of_ascending(cls, ranges: Iterable[Range], page_size: int = 4096) -> PageSet:
-        """As :meth:`of_ranges` of whole pages that ascend and do not overlap, without a copy of them all."""
+    def of_ascending(cls, ranges: Iterable[tuple[int, int]], page_size: int = 4096) -> PageSet:
+        """The union of *ranges* (bytes, whole pages) that ascend by their starts, without a copy of them all.
+
+        Raises ValueError where one of them leaves the 64-bit address space."""
         shift = page_size.bit_length() - 1
         data = array("Q")
-        for start, end in ranges:
-            if data and data[-1] == start >> shift:
-                data[-1] = end >> shift
-            else:
-                data.extend((start >> shift, end >> shift))
+        for start, end in merged(ranges):
+            if start < 0 or end > _END:
+                raise ValueError(f"{start:#x} to {end:#x} is not in the 64-bit address space")
+            data.extend((start >> shift, end >> shift))
         return cls(0, 1 << 64 - shift, data, len(data) // 2, 0, shift)
 
     @classmethod
@@ -55,7 +59,9 @@ class PageSet:
         """Blocks of *block_size* bytes from *start* on, both page aligned; bit 0 of byte 0 is the first block.
 
         Bits beyond *blocks* are ignored; blocks beyond the end of *bitmap* are not in the set. Raises ValueError
-        where blocks do not consist of whole pages."""
+        where blocks do not consist of whole pages, or leave the 64-bit address space."""
+        if start < 0 or blocks < 0 or start + block_size * blocks > _END:
+            raise ValueError(f"{blocks} blocks of {block_size:#x} bytes from {start:#x} on are not in the 64-bit space")
         if block_size <= 0 or block_size % page_size or start % page_size:
             raise ValueError(f"blocks of {block_size:#x} bytes from {start:#x} on are not whole pages")
         shift = page_size.bit_length() - 1

@@ -95,7 +95,7 @@ class OldMemory:
         self._faults = ffi.new("struct physmem_fault[]", MAX_FAULTS)
         self.c: CData = ffi.new("struct physmem *")
         self.c.n, self.c.segments = len(segments), self._c_segments
-        self.c.gate = registry.c
+        self.c.gate = registry.slot
         self.c.page_shift = registry.page_size.bit_length() - 1
         self.c.window_size = WINDOW_SIZE
         self.c.faults, self.c.max_faults = self._faults, MAX_FAULTS
@@ -138,6 +138,17 @@ class OldMemory:
     @property
     def bytes_refused(self) -> int:
         return int(self.c.bytes_refused)
+
+    def account(self, bytes_read: int, refused: list[int], faults: Iterable[Fault]) -> None:
+        """Count what another process read of this memory by the same rules: bytes, refused pages by rule, faults."""
+        shift = self.c.page_shift
+        self.c.bytes_read += bytes_read
+        self.c.bytes_refused += sum(refused) << shift
+        for i, pages in enumerate(refused):
+            self.registry.c.rules[i].refused[0] += pages
+        for fault, c in zip(faults, self._faults[self.c.n_faults : MAX_FAULTS], strict=False):
+            c.first, c.end, c.error = fault.range.start >> shift, fault.range.end >> shift, fault.errno
+            self.c.n_faults += 1
 
     def close(self) -> None:
         """Unmap what is mapped; the file descriptors belong to the caller."""

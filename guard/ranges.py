@@ -24,22 +24,36 @@ class Range(NamedTuple):
         return f"{self.start:#x}-{self.end - 1:#x}"
 
 
+def merged(ranges: Iterable[tuple[int, int]]) -> Iterator[Range]:
+    """*ranges*, which ascend by their starts, with those that overlap or touch made one and the empty ones left out."""
+    start = end = 0
+    for next_start, next_end in ranges:
+        if next_start >= next_end:
+            continue
+        if start < end and next_start <= end:
+            end = max(end, next_end)
+            continue
+        if start < end:
+            yield Range(start, end)
+        start, end = next_start, next_end
+    if start < end:
+        yield Range(start, end)
+
+
 class RangeSet:
     """Immutable set of bytes, kept as ascending, non-touching :class:`Range` items; empty and negative ones vanish."""
 
     __slots__ = ("_items",)
 
     def __init__(self, ranges: Iterable[tuple[int, int]] = ()) -> None:
-        merged: list[Range] = []
-        for start, end in sorted(ranges):
-            if start >= end:
-                continue
-            if merged and start <= merged[-1].end:
-                if end > merged[-1].end:
-                    merged[-1] = Range(merged[-1].start, end)
-            else:
-                merged.append(Range(start, end))
-        self._items = tuple(merged)
+        self._items = tuple(merged(sorted(ranges)))
+
+    @classmethod
+    def of_ascending(cls, ranges: Iterable[tuple[int, int]]) -> RangeSet:
+        """As ``RangeSet(ranges)`` where they ascend by their starts already, without a list of them all."""
+        new = cls.__new__(cls)
+        new._items = tuple(merged(ranges))
+        return new
 
     def __iter__(self) -> Iterator[Range]:
         return iter(self._items)
@@ -85,7 +99,7 @@ class RangeSet:
                 i += 1
             else:
                 j += 1
-        return RangeSet(out)
+        return RangeSet.of_ascending(out)
 
     def __sub__(self, other: RangeSet) -> RangeSet:
         out: list[tuple[int, int]] = []
@@ -99,7 +113,7 @@ class RangeSet:
                 start = max(start, other._items[k].end)
                 k += 1
             out.append((start, end))
-        return RangeSet(out)
+        return RangeSet.of_ascending(out)
 
     def _reaching(self, addr: int) -> int:
         """Index of the first range that ends behind *addr*."""
@@ -123,9 +137,16 @@ class RangeSet:
     def inner_pages(self, page_size: int) -> RangeSet:
         """The whole pages (of *page_size* bytes, a power of two) that lie inside the set."""
         mask = page_size - 1
-        return RangeSet(((r.start + mask) & ~mask, r.end & ~mask) for r in self._items)
+        if not self._has_part_pages(mask):
+            return self
+        return RangeSet.of_ascending(((r.start + mask) & ~mask, r.end & ~mask) for r in self._items)
 
     def outer_pages(self, page_size: int) -> RangeSet:
         """The pages (of *page_size* bytes, a power of two) that the set touches at all."""
         mask = page_size - 1
-        return RangeSet((r.start & ~mask, (r.end + mask) & ~mask) for r in self._items)
+        if not self._has_part_pages(mask):
+            return self
+        return RangeSet.of_ascending((r.start & ~mask, (r.end + mask) & ~mask) for r in self._items)
+
+    def _has_part_pages(self, mask: int) -> bool:
+        return any((start | end) & mask for start, end in self._items)

@@ -21,6 +21,11 @@ static uint64_t rule_next(const struct gate_rule *r, uint64_t pfn, uint64_t end,
 	return pfn < stop || !refused ? pfn : end;
 }
 
+void gate_install(const struct gate **slot, const struct gate *gate)
+{
+	__atomic_store_n(slot, gate, __ATOMIC_RELEASE);
+}
+
 int gate_refuser(const struct gate *g, uint64_t pfn)
 {
 	for (size_t i = 0; i < g->n; i++)

@@ -24,6 +24,7 @@ struct oldmem_guard {
 	struct guardfile file;		/* file.map is NULL until open() */
 	struct gate gate;
 	struct gate all_ram;		/* no rules: what reads of already allowed runs pass */
+	const struct gate *allowed;	/* that one, as a context wants it */
 	size_t n_segments;
 	struct physmem_segment *segments;
 	_Atomic uint32_t taken;		/* a bit for each context in use */
@@ -107,7 +108,7 @@ static void prepare(oldmem_guard *g, struct physmem *m)
 	*m = (struct physmem){
 		.n = g->n_segments,
 		.segments = g->segments,
-		.gate = &g->all_ram,
+		.gate = &g->allowed,
 		.page_shift = g->file.page_shift,
 		.window_size = WINDOW_SIZE,
 	};
@@ -149,6 +150,7 @@ oldmem_guard_status oldmem_guard_open(oldmem_guard *guard, const char *path)
 	for (size_t i = 0; i < file.n; i++)
 		guardfile_rule(&file, i, &rules[i], NULL, NULL);
 	guard->gate = (struct gate){ .n = file.n, .rules = rules };
+	guard->allowed = &guard->all_ram;
 	guard->refused = refused;
 	guard->file = file;
 	prepare_all(guard);

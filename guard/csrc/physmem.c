@@ -8,6 +8,7 @@
 #include <stdatomic.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <ucontext.h>
 #include <unistd.h>
 
 enum { WORTH_ASKING = 1 << 16 };	/* bytes; below that a read costs no more than the question */
@@ -21,8 +22,14 @@ static struct sigaction earlier;
 
 static void on_sigbus(int sig, siginfo_t *info, void *context)
 {
-	if (landing)
+	if (landing) {
+		/*
+		 * Out of a handler the jump takes its mask along: SA_NODEFER keeps SIGBUS itself out of it, but not what
+		 * ThreadSanitizer or a wrapper of sigaction(2) has added. Here, where a page has failed, it costs nothing.
+		 */
+		pthread_sigmask(SIG_SETMASK, &((const ucontext_t *)context)->uc_sigmask, NULL);
 		siglongjmp(*landing, 1);
+	}
 	if (earlier.sa_flags & SA_SIGINFO) {
 		earlier.sa_sigaction(sig, info, context);
 	} else if (earlier.sa_handler != SIG_DFL && earlier.sa_handler != SIG_IGN) {
@@ -253,6 +260,18 @@ static int copy_ram(struct physmem *m, uint64_t paddr, uint8_t *to, size_t n, bo
 	return 0;
 }
 
+static const struct gate *gate_in_force(const struct physmem *m)
+{
+	return __atomic_load_n(m->gate, __ATOMIC_ACQUIRE);
+}
+
+/* Readers in other threads may be counting for the same rule. */
+static void count_refused(const struct gate_rule *rule, uint64_t pages)
+{
+	if (rule->refused)
+		__atomic_fetch_add(rule->refused, pages, __ATOMIC_RELAXED);
+}
+
 void physmem_read(struct physmem *m, uint64_t paddr, void *buf, size_t n)
 {
 	uint8_t *to = buf;
@@ -265,15 +284,16 @@ void physmem_read(struct physmem *m, uint64_t paddr, void *buf, size_t n)
 	}
 	while (n) {
 		int refuser;
+		const struct gate *gate = gate_in_force(m);
 		uint64_t pfn = paddr >> m->page_shift;
-		uint64_t end = gate_run(m->gate, pfn, last_pfn_end(m, paddr, n), &refuser);
+		uint64_t end = gate_run(gate, pfn, last_pfn_end(m, paddr, n), &refuser);
 		uint64_t bytes = (end << m->page_shift) - paddr;
 		size_t piece = bytes < n ? (size_t)bytes : n;
 		uint64_t bad;
 
 		if (refuser >= 0) {
 			memset(to, 0, piece);
-			m->gate->rules[refuser].refused += end - pfn;
+			count_refused(&gate->rules[refuser], end - pfn);
 			m->bytes_refused += piece;
 		} else {
 			copy_ram(m, paddr, to, piece, false, &bad);
@@ -295,7 +315,7 @@ int physmem_read_exact(struct physmem *m, uint64_t paddr, void *buf, size_t n, u
 		return -EINVAL;
 	pfn = paddr >> m->page_shift;
 	end = last_pfn_end(m, paddr, n);
-	hole = gate_next(m->gate, pfn, end, false);
+	hole = gate_next(gate_in_force(m), pfn, end, false);
 	if (hole < end) {
 		if (hole > pfn)
 			*bad = hole << m->page_shift;

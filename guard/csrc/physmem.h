@@ -6,7 +6,8 @@
  * read(2) of it ends at the capture kernel's own memory), /proc/vmcore, an image, a block device (pread). A page
  * that the gate refuses reads as zeros; a page that cannot be read (no segment, EIO, EFAULT, SIGBUS) reads as zeros
  * and is logged; the rest of the request is served. No allocation, and no state but the structure itself and the
- * thread's SIGBUS slot. One structure serves one thread at a time.
+ * thread's SIGBUS slot. One structure serves one thread at a time; any number of them may share a gate, which another
+ * thread may replace meanwhile (gate_install()): what is copied or zeroed from then on obeys the new one.
  */
 #ifndef OLDMEM_PHYSMEM_H
 #define OLDMEM_PHYSMEM_H
@@ -38,7 +39,7 @@ struct physmem_fault {
 struct physmem {
 	size_t n;
 	const struct physmem_segment *segments;	/* ascending, disjoint */
-	struct gate *gate;
+	const struct gate *const *gate;		/* where the gate in force is found, looked up for each run of pages */
 	uint32_t page_shift;
 	uint64_t window_size;			/* bytes, a power of two */
 	struct physmem_window windows[PHYSMEM_WINDOWS];

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""C programs that use oldmem_guard.h and nothing else, the files they are run with, and how they are built: against
-the shared library as users have it, or with the sources in one, for the sanitizers."""
+"""C programs that use oldmem_guard.h and nothing else (but ``gates`` and ``windows``, which look inside), the files
+they are run with, and how they are built: against the shared library as users have it, or with the sources in one, for
+the sanitizers."""
 
 from __future__ import annotations
 
@@ -17,6 +18,8 @@ HERE = Path(__file__).resolve().parent
 PROGRAMS = ("api", "dd", "fuzz", "verdicts")
 CORE = ("liboldmem_guard", "guardfile", "sum64", "bulk", "gate", "pageset", "physmem")
 SOURCES = [ROOT / "guard/csrc" / f"{name}.c" for name in CORE]
+# of the library that "oldmem run" preloads, but for the functions that it puts in front of libc's
+INSIDE = [ROOT / "capture/csrc" / f"{name}.c" for name in ("compose", "window")]
 WARNINGS = ("-std=gnu11", "-Wall", "-Wextra", "-Werror")
 PAGE = 4096
 
@@ -46,8 +49,17 @@ def build_shared(into: Path) -> None:
 def build_static(into: Path, name: str, *flags: str) -> Path:
     """One program with all sources of the library in it."""
     out = into / name
-    options = ("-g", "-O1", "-fno-omit-frame-pointer", *WARNINGS, "-pthread", "-Iinclude")
-    run("gcc", *options, *flags, HERE / f"{name}.c", *SOURCES, "-o", out)
+    options = (
+        "-g",
+        "-O1",
+        "-fno-omit-frame-pointer",
+        *WARNINGS,
+        "-pthread",
+        "-Iinclude",
+        "-Iguard/csrc",
+        "-Icapture/csrc",
+    )
+    run("gcc", *options, *flags, HERE / f"{name}.c", *SOURCES, *INSIDE, "-o", out)
     return out
 
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """``make sanitize``: the C core and the C tests with AddressSanitizer and UBSan, with ThreadSanitizer, and under
-valgrind where there is one. A line for each run; what any of them finds ends it with status 1."""
+valgrind where there is one; and tests in Python, among them those with threads, over a core that has ASan and UBSan. A
+line for each run; what any of them finds ends it with status 1."""
 
 from __future__ import annotations
 
@@ -10,7 +11,8 @@ import tempfile
 from pathlib import Path
 
 from guard.compiled import compile_guard
-from tests.c import build_static, example, missing, run, write_damages, write_files
+from tests.c import ROOT, build_static, example, missing, run, write_damages, write_files
+from tests.c.plans import planned
 
 FATAL = "-fno-sanitize-recover=all"
 MODES = {
@@ -20,6 +22,10 @@ MODES = {
 }
 VALGRIND = ("valgrind", "--quiet", "--error-exitcode=9", "--leak-check=full")
 BATCH = 500  # files that one run is given
+IN_PYTHON = [
+    f"tests/unit/test_{name}.py"
+    for name in ("registry_threads", "physmem", "gate", "vmcore", "compiled", "witness_memmap")
+]
 
 
 def check(mode: str, folder: Path) -> None:
@@ -31,14 +37,35 @@ def check(mode: str, folder: Path) -> None:
         "api": [guard, image, damaged],
         "verdicts": [guard, "0", "80"],
         "dd": [guard, image, "0", "0x50000"],
+        "gates": [image],
     }
     for name, arguments in runs.items():
         run(*under, build_static(folder, name, *MODES[mode]), *arguments, timeout=300)
         print(f"{mode}: {name}: clean", flush=True)
+    with planned(folder, image) as (plan, expected):
+        run(*under, build_static(folder, "windows", *MODES[mode]), plan, expected, timeout=300)
+        print(f"{mode}: windows: clean", flush=True)
     fuzz = build_static(folder, "fuzz", *MODES[mode])
     for i in range(0, len(damages), BATCH):
         run(*under, fuzz, guard, *damages[i : i + BATCH], timeout=300)
     print(f"{mode}: fuzz, {len(damages)} damaged files: clean", flush=True)
+
+
+def check_in_python(folder: Path) -> None:
+    ignored = shutil.ignore_patterns("__pycache__", "*.so", "_core.c")
+    for name in ("guard", "capture", "tests/unit"):
+        shutil.copytree(ROOT / name, folder / name, ignore=ignored)
+    for name in ("tests/__init__.py", "tests/conftest.py", "pyproject.toml"):
+        shutil.copy(ROOT / name, folder / name)
+    flags = " ".join(("-g", "-O1", "-fno-omit-frame-pointer", *MODES["ASan and UBSan"]))
+    build = ("-W", "ignore", "setup.py", "--quiet", "build_ext", "--build-lib", folder, "--build-temp", folder / "temp")
+    run("env", f"CFLAGS={flags}", f"LDFLAGS={flags}", sys.executable, *build)
+    runtime = [run("gcc", f"-print-file-name=lib{name}.so").stdout.decode().strip() for name in ("asan", "ubsan")]
+    # Python's own allocator would hide what is freed; what Python never frees is no leak of ours
+    under = (f"LD_PRELOAD={' '.join(runtime)}", "PYTHONMALLOC=malloc", "ASAN_OPTIONS=detect_leaks=0")
+    options = ("-q", "-p", "no:cacheprovider", "-o", "timeout=400", "--hypothesis-profile=ci")
+    run("env", "-C", folder, *under, sys.executable, "-m", "pytest", *options, *IN_PYTHON, timeout=480)
+    print(f"ASan and UBSan: {len(IN_PYTHON)} files of tests in Python: clean", flush=True)
 
 
 def main() -> int:
@@ -52,6 +79,8 @@ def main() -> int:
         with tempfile.TemporaryDirectory() as folder:
             try:
                 check(mode, Path(folder))
+                if mode == "ASan and UBSan":
+                    check_in_python(Path(folder) / "python")
             except AssertionError as e:
                 print(f"{mode}: {e}", file=sys.stderr)
                 return 1
