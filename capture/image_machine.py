@@ -68,6 +68,9 @@ class ImageMachine(Machine):
     def open_segments(self, wanted: RangeSet) -> list[Segment]:
         return only(self.arch.old_view(self._segments), wanted)
 
+    def firmware_segments(self, wanted: RangeSet) -> list[Segment]:
+        return only(self._segments, wanted)
+
     def _open_images(self) -> list[Segment]:
         """All images, by the addresses that memory had when they were taken."""
         parts = [(r.image, r.offset, r.paddr, r.size) for r in self.record.ram]

@@ -64,6 +64,8 @@ class Machine:
     core_fd: int | None = None
     header_is_the_kernels = False
     """The running kernel built the header of its /proc/vmcore itself, after the crash: there is none better."""
+    live = False
+    """It is the machine that this runs on."""
 
     def __init__(self, root: str, arch: str) -> None:
         self.root = root
@@ -88,6 +90,20 @@ class Machine:
     def open_segments(self, wanted: RangeSet) -> list[Segment]:
         """The files that show *wanted* (whole pages). Raises SourceError if there is none."""
         raise NotImplementedError
+
+    def firmware_segments(self, wanted: RangeSet) -> list[Segment]:
+        """The files that show *wanted* (whole pages), which firmware keeps its tables in. Raises SourceError if there
+        is none."""
+        raise NotImplementedError
+
+    def around_kernel(self) -> bool:
+        """Is old memory read other than through /proc/vmcore, where the kernel has rules of its own?"""
+        return True
+
+    def only_through_kernel(self, why: str) -> None:
+        """Read old memory through /proc/vmcore alone, for the reason *why*, if reading it otherwise can harm. Raises
+        Error where that is not possible."""
+        self.problems.note(f"{why}; nothing is refused for it")
 
     def core_header_bytes(self) -> bytes:
         """The kernel's own header and notes, as /proc/vmcore starts. Raises SourceError where there is none."""
@@ -127,6 +143,8 @@ class LiveMachine(Machine):
     """The machine that this capture kernel came from. Raises NotCaptureError, or Error where going on would harm.
 
     *source* is "devmem", "vmcore" or "auto"; *force* skips the test for a capture environment."""
+
+    live = True
 
     def __init__(self, source: str = "auto", force: bool = False) -> None:
         super().__init__("/", os.uname().machine)
@@ -221,6 +239,26 @@ class LiveMachine(Machine):
             raise SourceError(f"neither {devmem.PATH} nor {procvmcore.PATH} shows any old memory")
         self.source = " and ".join(dict.fromkeys(s.name for s in segments))
         return segments
+
+    def firmware_segments(self, wanted: RangeSet) -> list[Segment]:
+        opened = devmem.open_devmem(wanted, self.own, RangeSet())
+        self._fds.append(opened.fd)
+        return opened.segments
+
+    def around_kernel(self) -> bool:
+        if self._wanted_source == "vmcore":
+            return False
+        try:
+            os.close(os.open(devmem.PATH, os.O_RDONLY | os.O_CLOEXEC))
+        except OSError:
+            return False
+        return True
+
+    def only_through_kernel(self, why: str) -> None:
+        if self._wanted_source == "devmem" or self.core_fd is None:
+            raise Error(f"{why}: old memory is read through {procvmcore.PATH} then or not at all")
+        self._wanted_source = "vmcore"
+        self.problems.note(f"{why}; {procvmcore.PATH} alone is read, where the kernel has the same rule")
 
 
 def _own_vmcoreinfo() -> int | None:

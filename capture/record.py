@@ -12,15 +12,18 @@ from capture.dump import Dump
 from capture.machine import LiveMachine
 from capture.recorded import RamImage, RecordedMachine, VirtioMemState, save
 from capture.sources import report
+from capture.x86_platform import BOOT_PARAMS, EFI_TABLES, PCI
 from guard.errors import Error
 from guard.procvmcore import PATH as PROC_VMCORE
 from guard.ranges import RangeSet
+from guard.rules import gart
 
 FOUR_GIB = 1 << 32
 MAX_FILE = 1 << 20
 
 # What the sources read (capture/sources), and what a person looks for first in a bug report
 FILES = ("proc/iomem", "proc/cmdline", "proc/version", "sys/firmware/acpi/tables/SRAT", "sys/firmware/dmi/tables/DMI")
+PLATFORM = (EFI_TABLES, BOOT_PARAMS, *(f"{PCI}/{address}/config" for address in gart.NODES))
 FOLDERS = ("sys/firmware/memmap", "sys/devices/system/memory")
 FW_CFG = "sys/firmware/qemu_fw_cfg/by_name/"
 FW_CFG_FILES = ("etc/e820/raw", "etc/e820/size", "etc/vmcoreinfo/raw", "etc/vmcoreinfo/size")
@@ -40,7 +43,7 @@ def _copy(source: str, target: str) -> bool:
 
 def _copy_root(root: str) -> int:
     """Copy the facts below /; returns how many files."""
-    names = [*FILES, *(FW_CFG + name for name in FW_CFG_FILES)]
+    names = [*FILES, *PLATFORM, *(FW_CFG + name for name in FW_CFG_FILES)]
     for folder in FOLDERS:
         for path, folders, files in os.walk("/" + folder):
             # sysfs folders link back to their parents; one level of entries is all there is to read

@@ -99,7 +99,7 @@ def scan(
         raise WitnessError("neither vmcoreinfo nor mem_section tells where struct pages are")
     page_size = info.page_size or 4096
     c_shape = ffi.new("struct memmap_shape *", shape._asdict())
-    poisoned, offline = _Collected(page_size), _Collected(page_size)
+    poisoned, offline = Collected(page_size), Collected(page_size)
     unread: list[Range] = []
     deadline = time.monotonic() + time_limit
     why = "at all"
@@ -152,7 +152,7 @@ def _pieces(ranges: RangeSet, struct_size: int, page_size: int) -> Iterator[Rang
             start = stop
 
 
-class _Collected:
+class Collected:
     """Marked pages, kept as bits of the pieces that have any, until it is known how many there are."""
 
     def __init__(self, page_size: int) -> None:

@@ -13,7 +13,7 @@ from guard._core import ffi, lib
 from guard.errors import WitnessError
 from guard.ranges import Range, RangeSet
 from guard.rules import hwpoison, page_offline, sections
-from guard.witness.memmap import Marks, Shape, _Collected, scan, shape_of
+from guard.witness.memmap import Collected, Marks, Shape, scan, shape_of
 from guard.witness.memory import Problems
 from guard.witness.pagewalk import x86_64
 from guard.witness.sections import Sections, read_sections
@@ -225,7 +225,7 @@ def test_collected_marks_are_the_same_as_runs_and_as_bitmap(
 ) -> None:
     """Pieces between borders, wherever these lie; with *everything* many runs, so that it becomes a bitmap."""
     base = 1 << 20
-    collected = _Collected(PAGE)
+    collected = Collected(PAGE)
     expected: set[int] = set()
     for first, end in zip(borders[::2], borders[1::2], strict=False):
         chosen = {p for p in range(first, end) if p in marked or (everything and p % 2)}

@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The live machine's way back to the kernel's own rules, where it must not read around them."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+
+import pytest
+
+from capture.machine import LiveMachine
+from guard import devmem
+from guard.errors import Error
+from guard.ranges import RangeSet
+from guard.witness.memory import Problems
+
+WHY = "table at 0x7000: version 2, expected 1"
+
+
+def live(source: str, core_fd: int | None = None) -> LiveMachine:
+    """A machine whose construction, which wants a capture environment, is left out."""
+    machine = object.__new__(LiveMachine)
+    machine._wanted_source, machine.core_fd = source, core_fd
+    machine.problems, machine._fds = Problems(), []
+    return machine
+
+
+def test_devmem_is_given_up_for_the_kernels_vmcore() -> None:
+    with tempfile.TemporaryFile() as core:
+        machine = live("auto", core.fileno())
+        machine.only_through_kernel(WHY)
+    assert machine.problems == [f"{WHY}; /proc/vmcore alone is read, where the kernel has the same rule"]
+    assert not machine.around_kernel()
+
+
+@pytest.mark.parametrize(("source", "core_fd"), [("auto", None), ("devmem", 3), ("vmcore", None)])
+def test_without_the_kernels_vmcore_nothing_is_read(source: str, core_fd: int | None) -> None:
+    with pytest.raises(Error) as told:
+        live(source, core_fd).only_through_kernel(WHY)
+    assert str(told.value) == f"{WHY}: old memory is read through /proc/vmcore then or not at all"
+
+
+def test_memory_is_read_around_the_kernel_where_dev_mem_opens(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(devmem, "PATH", "/dev/null")
+    assert live("auto").around_kernel()
+    assert live("devmem").around_kernel()
+    assert not live("vmcore").around_kernel()
+    monkeypatch.setattr(devmem, "PATH", "/nonexistent")
+    assert not live("auto").around_kernel()
+
+
+def test_firmware_memory_is_shown_by_dev_mem_and_its_file_closed_with_the_machine(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    opened = devmem.open_devmem
+    monkeypatch.setattr(LiveMachine, "own", RangeSet())
+    with tempfile.NamedTemporaryFile() as memory:
+        memory.truncate(1 << 20)
+        monkeypatch.setattr(
+            devmem, "open_devmem", lambda wanted, own, buffers: opened(wanted, own, buffers, path=memory.name)
+        )
+        machine = live("auto")
+        (segment,) = machine.firmware_segments(RangeSet([(0x3000, 0x5000)]))
+    assert (segment.paddr, segment.size, segment.offset) == (0x3000, 0x2000, 0x3000)
+    machine.close()
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(segment.fd)
