@@ -10,7 +10,7 @@ import re
 from cffi import FFI
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-LIBC = "guard/csrc/libc.h"
+LIBC, PLAN = "guard/csrc/libc.h", "capture/csrc/plan.h"  # nothing but declarations
 HEADERS = [
     LIBC,
     "guard/csrc/pageset.h",
@@ -19,9 +19,13 @@ HEADERS = [
     "guard/csrc/physmem.h",
     "guard/csrc/view.h",
     "guard/csrc/memmap.h",
+    "guard/csrc/xen.h",
+    "guard/csrc/btf.h",
     "capture/csrc/fuse.h",
+    PLAN,
 ]
-SOURCES = [name[:-1] + "c" for name in HEADERS if name != LIBC] + ["guard/csrc/sum64.c"]  # which Python does not call
+SOURCES = [name[:-1] + "c" for name in HEADERS if name not in (LIBC, PLAN)]
+SOURCES.append("guard/csrc/sum64.c")  # which Python does not call
 
 
 def declarations(header: str) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 from capture.elfcore import Load
+from guard.errors import Error
 from guard.physmem import Segment
 from guard.ranges import Range, RangeSet
 from guard.witness.vmcoreinfo import Vmcoreinfo
@@ -53,6 +54,10 @@ class Arch:
     def look(self, segments: list[Segment]) -> None:
         """Learn from images of memory as it lies now, before anything is made of them; *segments* ascend."""
 
+    def use_vmlinux(self, path: str) -> None:
+        """Take the vmlinux at *path* for what the dead kernel's VMCOREINFO does not tell. Raises Error."""
+        raise Error(f"--vmlinux: not for {self.name}, whose notes are found without")
+
     def own(self) -> RangeSet:
         """What belongs to the capture kernel, in addresses of the dead machine."""
         raise NotImplementedError
@@ -60,6 +65,9 @@ class Arch:
     def old_view(self, segments: list[Segment]) -> list[Segment]:
         """*segments* of memory as it lies now, by the addresses that the dead machine had for it; ascending."""
         return segments
+
+    def hear_platform(self, dump: Dump) -> None:
+        """Install the rules that need no dead kernel; no old memory has been opened yet. Raises Error."""
 
     def hear(self, dump: Dump) -> None:
         """Ask the dead kernel's own records, and install the rules that follow from them."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from capture import memory_map
+from capture import memory_map, x86_platform
 from capture.arch import Arch, Shape
 from capture.elfcore import Load
 from capture.sources import report
@@ -22,6 +22,7 @@ from guard.witness.vmcoreinfo import Vmcoreinfo, note_at
 
 if TYPE_CHECKING:
     from capture.dump import Dump
+    from guard.witness.vmlinux import Vmlinux
 
 EM_X86_64 = 62
 
@@ -39,8 +40,15 @@ DEFAULT_NOTE_ALIGN = 4
 class X86_64(Arch):
     name = "x86_64"
 
+    vmlinux: Vmlinux | None = None
+    symbols: dict[str, int] | None = None
+    """Virtual addresses that the vmlinux tells, if one was given and fits."""
+
     def own(self) -> RangeSet:
         return self.machine.reports["iomem"].ranges(report.OWN_RAM) | RangeSet([LOW_MEMORY])
+
+    def hear_platform(self, dump: Dump) -> None:
+        x86_platform.install(dump)
 
     def hear(self, dump: Dump) -> None:
         self.info = self._find_vmcoreinfo(dump)
@@ -50,19 +58,35 @@ class X86_64(Arch):
         else:
             self._refuse_unlocated(dump)
 
+    def use_vmlinux(self, path: str) -> None:
+        try:
+            from guard.witness import made_note
+        except ImportError:
+            raise Error("--vmlinux is not part of a capture initramfs: use it where the dump is looked at") from None
+        self.vmlinux = made_note.open_vmlinux(path)
+
     def _find_vmcoreinfo(self, dump: Dump) -> Vmcoreinfo | None:
+        # in boot RAM only: the kernel allocates the page of its note (crash_save_vmcoreinfo_init, a subsys_initcall)
+        # before any driver of hot-plugged memory starts, and is never loaded into that
+        boot = dump.registry.ram(dump.envelope.boot & dump.memory.covered)
+        info = self._find_note(dump, boot)
+        if self.vmlinux:
+            from guard.witness import made_note
+
+            info, self.symbols = made_note.complete(self.vmlinux, info, dump.exact, boot, dump.problems)
+        return info
+
+    def _find_note(self, dump: Dump, boot: RangeSet) -> Vmcoreinfo | None:
         paddr = self.machine.vmcoreinfo_paddr
         if paddr is not None:
             try:
                 return note_at(dump.exact, paddr)
             except (WitnessError, ReadError) as e:
                 dump.problems.note(f"VMCOREINFO note at {paddr:#x}, where it was said to be: {e}; searching for it")
-        # in boot RAM only: the kernel allocates the page of its note (crash_save_vmcoreinfo_init, a subsys_initcall)
-        # before any driver of hot-plugged memory starts
-        searched = dump.registry.ram(dump.envelope.boot & dump.memory.covered)
-        found = scan(dump.exact, searched, self.machine.own_vmcoreinfo)
+        found = scan(dump.exact, boot, self.machine.own_vmcoreinfo)
         if not found:
-            dump.problems.note(f"no VMCOREINFO note in {searched.size >> 20} MiB of old memory: no notes, no symbols")
+            instead = "" if self.vmlinux else ": no notes, no symbols"
+            dump.problems.note(f"no VMCOREINFO note in {boot.size >> 20} MiB of old memory{instead}")
             return None
         best = found[0]
         dump.problems.note(
@@ -74,7 +98,7 @@ class X86_64(Arch):
         if self.info is None:
             return None
         try:
-            return DeadKernel(dump.exact, self.info)
+            return DeadKernel(dump.exact, self.info, self.symbols)
         except (WitnessError, ReadError) as e:
             dump.problems.note(f"dead kernel's records: {e}; firmware and devices alone are believed")
             return None

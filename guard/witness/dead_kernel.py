@@ -6,12 +6,13 @@ back empty, with a line in ``problems``, and whoever asks goes on with what firm
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple, TypeVar, cast
 
 from guard.errors import ReadError, WitnessError
 from guard.ranges import RangeSet
-from guard.witness import crash_notes, e820, kallsyms, memmap, reservations, resources, sections
+from guard.witness import crash_notes, e820, kallsyms, layouts, memmap, reservations, resources, sections
+from guard.witness.btf import Layout
 from guard.witness.crash_notes import CpuNotes
 from guard.witness.e820 import E820Entry
 from guard.witness.memmap import Marks
@@ -28,15 +29,15 @@ WANTED = (
     frozenset({"_text", "_end", "iomem_resource", "page_offset_base"})
     | crash_notes.SYMBOLS
     | e820.SYMBOLS
+    | layouts.SYMBOLS
     | reservations.SYMBOLS
 )
 
+_SYMBOLS = "symbols"
 _MAX_IMAGE = 1 << 30
 _KERNEL_HALF = 0xFF00000000000000
 _PAGE_OFFSET = {4: 0xFFFF888000000000, 5: 0xFF11000000000000}
 """Start of the direct map without KASLR, by page table levels (arch/x86/include/asm/page_64_types.h)."""
-_RELEASE_OFFSET = 2 * 65
-"""struct new_utsname (include/uapi/linux/utsname.h): sysname[65], nodename[65], release[65]."""
 
 
 class KernelText(NamedTuple):
@@ -48,15 +49,16 @@ class KernelText(NamedTuple):
 
 
 class DeadKernel:
-    """The records of the x86_64 kernel that *info* describes, read through *mem*.
+    """The records of the x86_64 kernel that *info* describes, read through *mem*. *symbols* are the addresses of those
+    of WANTED that it has, where its vmlinux tells: its kallsyms are then not asked.
 
     Construction raises WitnessError if vmcoreinfo does not give a page walk; after that no method raises."""
 
-    def __init__(self, mem: Memory, info: Vmcoreinfo) -> None:
+    def __init__(self, mem: Memory, info: Vmcoreinfo, symbols: dict[str, int] | None = None) -> None:
         self.info = info
         self.walk: PageWalk = x86_64(mem, info)
         self.problems = Problems()
-        self._known: dict[str, object] = {}
+        self._known: dict[str, object] = {} if symbols is None else {_SYMBOLS: symbols}
         for line in info.problems:
             self.problems.note(line)
 
@@ -71,13 +73,22 @@ class DeadKernel:
 
     def symbols(self) -> dict[str, int]:
         """Virtual addresses of those of WANTED that the kernel has, from one pass over kallsyms."""
-        return self._once("symbols", lambda: kallsyms.lookup(self.walk, self.info, WANTED, self.problems), {})
+        return self._once(_SYMBOLS, lambda: kallsyms.lookup(self.walk, self.info, WANTED, self.problems), {})
 
     def _symbol(self, name: str) -> int:
         address = self.symbols().get(name)
         if address is None:
             raise WitnessError(f"kallsyms has no {name}")
         return address
+
+    def layouts(self) -> Mapping[str, Layout]:
+        """How its structures lie that vmcoreinfo says nothing of."""
+        return self._once(
+            "BTF",
+            lambda: layouts.of_dead_kernel(self.walk, self.symbols(), self.problems),
+            layouts.FIXED,
+            "fixed layouts are taken",
+        )
 
     def release(self) -> str | None:
         """The release in init_uts_ns. It says the same as OSRELEASE= if vmcoreinfo, page walk and memory belong
@@ -88,7 +99,8 @@ class DeadKernel:
         uts_ns, name = self.info.symbol("init_uts_ns"), self.info.offset("uts_namespace.name")
         if uts_ns is None or name is None:
             raise WitnessError("vmcoreinfo has no SYMBOL(init_uts_ns) or no OFFSET(uts_namespace.name)")
-        release = self.walk.read_cstring(uts_ns + name + _RELEASE_OFFSET, 65).decode("ascii", "backslashreplace")
+        at = self.layouts()["new_utsname"].members["release"]
+        release = self.walk.read_cstring(uts_ns + name + at.offset, at.size).decode("ascii", "backslashreplace")
         if release != self.info.text("OSRELEASE"):
             self.problems.note(
                 f"dead kernel's release in memory is {release!r}, vmcoreinfo has {self.info.text('OSRELEASE')!r}"
@@ -124,7 +136,9 @@ class DeadKernel:
         """All of iomem_resource, in the order of /proc/iomem."""
         return self._once(
             "iomem_resource",
-            lambda: resources.walk_resources(self.walk, self._symbol("iomem_resource"), self.problems),
+            lambda: resources.walk_resources(
+                self.walk, self._symbol("iomem_resource"), self.problems, layout=self.layouts()["resource"]
+            ),
             [],
         )
 
@@ -140,7 +154,7 @@ class DeadKernel:
         """Memory reserved for the capture kernel."""
         return self._once(
             "reservations",
-            lambda: reservations.read_reservations(self.walk, self.symbols(), self.problems),
+            lambda: reservations.read_reservations(self.walk, self.symbols(), self.problems, self.layouts()),
             [],
         )
 
@@ -156,7 +170,7 @@ class DeadKernel:
         """The firmware's memory map at boot."""
         return self._once(
             "e820_table_firmware",
-            lambda: e820.read_e820(self.walk, self._symbol("e820_table_firmware"), self.problems),
+            lambda: e820.read_e820(self.walk, self._symbol("e820_table_firmware"), self.problems, self.layouts()),
             [],
         )
 

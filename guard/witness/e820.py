@@ -1,15 +1,17 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The firmware's memory map as the dead x86 kernel kept it: e820_table_firmware (arch/x86/kernel/e820.c).
 
-A pointer variable; the table is u32 nr_entries and then packed entries {u64 addr, u64 size, u32 type} of 20 bytes
+A pointer variable; the table is nr_entries and then packed entries of addr, size and type
 (arch/x86/include/asm/e820/types.h). Types are those of the e820 interface, 1 is RAM. Hot-added memory is not in it."""
 
 from __future__ import annotations
 
-import struct
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from guard.errors import WitnessError
+from guard.witness.btf import Layout
+from guard.witness.layouts import FIXED, unpacker
 from guard.witness.memory import Problems
 from guard.witness.pagewalk import PageWalk
 
@@ -17,7 +19,6 @@ SYMBOLS = frozenset({"e820_table_firmware"})
 
 _MAX_ENTRIES = 128 + 3 * 1024
 """E820_MAX_ENTRIES at the largest CONFIG_NODES_SHIFT."""
-_ENTRY = struct.Struct("<QQI")
 
 
 class E820Entry(NamedTuple):
@@ -28,17 +29,23 @@ class E820Entry(NamedTuple):
     type: int
 
 
-def read_e820(walk: PageWalk, variable: int, problems: Problems) -> list[E820Entry]:
+def read_e820(
+    walk: PageWalk, variable: int, problems: Problems, layouts: Mapping[str, Layout] = FIXED
+) -> list[E820Entry]:
     """The table that the pointer at virtual address *variable* points to, in the table's order.
 
     Entries that make no sense are left out and told in *problems*. Raises WitnessError or ReadError if there is no
     table."""
     table = walk.read_u64(variable)
-    count = walk.read_u32(table)
+    head, entry = layouts["e820_table"].members, layouts["e820_entry"]
+    count = walk.read_u32(table + head["nr_entries"].offset)
     if not 0 < count <= _MAX_ENTRIES:
         raise WitnessError(f"e820 table at {table:#x}: {count} entries, expected 1 to {_MAX_ENTRIES}")
     found: list[E820Entry] = []
-    for number, (start, size, kind) in enumerate(_ENTRY.iter_unpack(walk.read(table + 4, _ENTRY.size * count))):
+    fields = unpacker(entry, "addr", "size", "type")
+    entries = walk.read(table + head["entries"].offset, entry.size * count)
+    for number in range(count):
+        start, size, kind = fields(entries[number * entry.size : (number + 1) * entry.size])
         if not size or start + size > 1 << 64:
             problems.note(f"e820 table at {table:#x}: entry {number} has {size:#x} bytes at {start:#x}, left out")
         else:

@@ -2,15 +2,16 @@
 """Memory that the dead kernel had set aside for its capture kernel, and which is therefore no part of the dump.
 
 crashk_res and crashk_low_res are struct resource; crashk_cma_ranges[] (6.17+, crashkernel=...,cma) holds crashk_cma_cnt
-items of struct range {u64 start, end}, ends inclusive (kernel/crash_reserve.c)."""
+items of struct range, ends inclusive (kernel/crash_reserve.c)."""
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Mapping
 from typing import NamedTuple
 
 from guard.errors import ReadError, WitnessError
+from guard.witness.btf import Layout
+from guard.witness.layouts import FIXED, unpacker
 from guard.witness.memory import Problems
 from guard.witness.pagewalk import PageWalk
 from guard.witness.resources import resource_at
@@ -29,14 +30,16 @@ class Reservation(NamedTuple):
     end: int
 
 
-def read_reservations(walk: PageWalk, symbols: Mapping[str, int], problems: Problems) -> list[Reservation]:
+def read_reservations(
+    walk: PageWalk, symbols: Mapping[str, int], problems: Problems, layouts: Mapping[str, Layout] = FIXED
+) -> list[Reservation]:
     """The reservations of the kernel whose *symbols* are given; what cannot be read is told in *problems*."""
     found: list[Reservation] = []
     for name in ("crashk_res", "crashk_low_res"):
         if name not in symbols:
             continue
         try:
-            start, end = resource_at(walk, symbols[name])
+            start, end = resource_at(walk, symbols[name], layouts["resource"])
         except (WitnessError, ReadError) as error:
             problems.note(f"{name}: left out: {error}")
             continue
@@ -44,18 +47,21 @@ def read_reservations(walk: PageWalk, symbols: Mapping[str, int], problems: Prob
             found.append(Reservation(name, start, end))
     if "crashk_cma_ranges" in symbols and "crashk_cma_cnt" in symbols:
         try:
-            found += _cma(walk, symbols["crashk_cma_ranges"], symbols["crashk_cma_cnt"], problems)
+            ranges_at, count_at = symbols["crashk_cma_ranges"], symbols["crashk_cma_cnt"]
+            found += _cma(walk, ranges_at, count_at, problems, layouts["range"])
         except (WitnessError, ReadError) as error:
             problems.note(f"crashk_cma_ranges: left out: {error}")
     return found
 
 
-def _cma(walk: PageWalk, ranges_at: int, count_at: int, problems: Problems) -> list[Reservation]:
+def _cma(walk: PageWalk, ranges_at: int, count_at: int, problems: Problems, layout: Layout) -> list[Reservation]:
     count = walk.read_u32(count_at)
     if count > _MAX_CMA_RANGES:
         raise WitnessError(f"crashk_cma_cnt is {count}, at most {_MAX_CMA_RANGES} was expected")
     found: list[Reservation] = []
-    for number, (start, end) in enumerate(struct.iter_unpack("<2Q", walk.read(ranges_at, 16 * count))):
+    limits = unpacker(layout, "start", "end")
+    for number in range(count):
+        start, end = limits(walk.read(ranges_at + number * layout.size, layout.size))
         if start > end:
             problems.note(f"crashk_cma_ranges[{number}]: start {start:#x} is behind end {end:#x}, left out")
         else:

@@ -1,17 +1,18 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The dead kernel's iomem_resource tree: what its /proc/iomem would have shown at the moment of the crash.
 
-struct resource (include/linux/ioport.h), the same in every 64-bit kernel so far and described by no vmcoreinfo key:
-start, end (inclusive), name pointer, flags, desc, parent, sibling and child pointers, 8 bytes each."""
+struct resource (include/linux/ioport.h) has start, end (inclusive), flags, and pointers to name, sibling and child;
+where, layouts.py tells."""
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Iterable
 from typing import NamedTuple
 
 from guard.errors import ReadError, WitnessError
 from guard.ranges import Range
+from guard.witness.btf import Layout
+from guard.witness.layouts import FIXED, unpacker
 from guard.witness.memory import Problems
 from guard.witness.pagewalk import PageWalk
 
@@ -20,7 +21,6 @@ SYSTEM_RAM = 0x01000200
 EXCLUSIVE = 0x08000000
 BUSY = 0x80000000
 
-_NODE = struct.Struct("<8Q")
 _MAX_DEPTH = 32
 _MAX_NAMES = 1024
 _NAME_LIMIT = 64
@@ -37,16 +37,18 @@ class Resource(NamedTuple):
     depth: int
 
 
-def resource_at(walk: PageWalk, vaddr: int) -> Range:
+def resource_at(walk: PageWalk, vaddr: int, layout: Layout = FIXED["resource"]) -> Range:
     """The range of the single struct resource at *vaddr*, empty if nothing is reserved. WitnessError if start > end."""
-    start, end = struct.unpack("<2Q", walk.read(vaddr, 16))
+    start, end = unpacker(layout, "start", "end")(walk.read(vaddr, layout.size))
     if start > end + 1:
         raise WitnessError(f"struct resource at {vaddr:#x}: start {start:#x} is behind end {end:#x}")
     # A resource that was never set up has start 0 and end 0, which would otherwise mean one byte at 0.
     return Range(start, end + 1 if end else start)
 
 
-def walk_resources(walk: PageWalk, root: int, problems: Problems, max_nodes: int = 1 << 15) -> list[Resource]:
+def walk_resources(
+    walk: PageWalk, root: int, problems: Problems, max_nodes: int = 1 << 15, layout: Layout = FIXED["resource"]
+) -> list[Resource]:
     """All resources below the one at virtual address *root* (iomem_resource), in the order of /proc/iomem.
 
     Cycles, unreadable nodes and nodes that make no sense end their branch, and are told in *problems*. A tree is cut at
@@ -54,7 +56,8 @@ def walk_resources(walk: PageWalk, root: int, problems: Problems, max_nodes: int
     found: list[Resource] = []
     names: dict[int, str] = {}
     seen = {root}
-    pending = [(_NODE.unpack(walk.read(root, _NODE.size))[7], 0)]
+    node = unpacker(layout, "start", "end", "name", "flags", "sibling", "child")
+    pending = [(node(walk.read(root, layout.size))[5], 0)]
     while pending:
         vaddr, depth = pending.pop()
         if not vaddr:
@@ -67,7 +70,7 @@ def walk_resources(walk: PageWalk, root: int, problems: Problems, max_nodes: int
             break
         seen.add(vaddr)
         try:
-            start, end, name_at, flags, _desc, _parent, sibling, child = _NODE.unpack(walk.read(vaddr, _NODE.size))
+            start, end, name_at, flags, sibling, child = node(walk.read(vaddr, layout.size))
         except (WitnessError, ReadError) as error:
             problems.note(
                 f"iomem_resource: node {vaddr:#x} cannot be read, it and what follows it is left out: {error}"

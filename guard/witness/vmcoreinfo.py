@@ -7,6 +7,7 @@ larger since 7.1, so only the note's own descsz counts."""
 from __future__ import annotations
 
 import struct
+from collections.abc import Mapping
 
 from guard.errors import WitnessError
 from guard.witness.memory import Memory, Problems
@@ -105,6 +106,11 @@ class Vmcoreinfo:
     def text(self, key: str) -> str | None:
         """The value of *key* as it is written, for example ``text("OSRELEASE")`` or ``text("BUILD-ID")``."""
         return self._texts.get(key)
+
+    @property
+    def texts(self) -> Mapping[str, str]:
+        """All lines that can be used, as they are written, in their order."""
+        return self._texts
 
     @property
     def page_size(self) -> int | None:
