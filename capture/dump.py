@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import islice, pairwise
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from capture import elfcore, memory_map
 from capture.elfcore import Core, Extent
@@ -19,8 +19,11 @@ from guard import procvmcore
 from guard.errors import SourceError
 from guard.physmem import ExactMemory, OldMemory, layer, only
 from guard.ranges import Range, RangeSet
-from guard.registry import Registry, Rule
+from guard.registry import NOT_RAM, Registry, Rule
 from guard.witness.memory import Problems
+
+if TYPE_CHECKING:
+    from guard.plugins import Plugin
 
 CUT, KERNEL = "cut", "kernel"
 DYNAMIC, PRELOADED = "dynamic", "preloaded"
@@ -40,10 +43,17 @@ class Difference(NamedTuple):
 
 
 class Dump:
-    """Everything about one dump; *rules* are asked besides its own. Raises SourceError or Error if there is nothing to
-    build it from; whatever else is wrong is a line in ``problems`` and the rest goes on."""
+    """Everything about one dump; *rules* and those of *plugins* are asked besides its own. Raises SourceError or Error
+    if there is nothing to build it from; whatever else is wrong is a line in ``problems`` and the rest goes on."""
 
-    def __init__(self, machine: Machine, layout: str = CUT, mode: str = DYNAMIC, rules: Sequence[Rule] = ()) -> None:
+    def __init__(
+        self,
+        machine: Machine,
+        layout: str = CUT,
+        mode: str = DYNAMIC,
+        rules: Sequence[Rule] = (),
+        plugins: Sequence[Plugin] = (),
+    ) -> None:
         self.machine, self.layout, self.mode = machine, layout, mode
         self.arch = machine.arch
         if machine.header_is_the_kernels and mode != PRELOADED:
@@ -63,6 +73,7 @@ class Dump:
         memory_map.install_rules(self.registry, self.envelope, self._foreign(), devices)
         for rule in rules:
             self.registry.register(rule)
+        self.arch.hear_platform(self)
         wanted = self.envelope.all.inner_pages(machine.page_size)
         segments = machine.open_segments(wanted)
         if self.mode == PRELOADED and machine.core_fd is not None and machine.core_header is not None:
@@ -71,6 +82,8 @@ class Dump:
             segments = layer(only(kernels, machine.own), only(segments, wanted - machine.own))
         self.memory = OldMemory(segments, self.registry)
         self.exact = ExactMemory(self.memory)
+        if plugins:
+            self._ask(plugins)
         self.arch.hear(self)
         self.core = self._preloaded() if self.mode == PRELOADED else self._dynamic()
         self.vmcore = Vmcore(self.core, self.memory)
@@ -84,6 +97,14 @@ class Dump:
         for device in devices:
             for line in device.problems:
                 self.problems.note(f"{device.name}: {line}")
+
+    def _ask(self, plugins: Sequence[Plugin]) -> None:
+        """Before the dead kernel's records are read: what a plug-in refuses must not be read for them either."""
+        from guard.plugins import Context, install
+
+        m = self.machine
+        context = Context(self.exact, self.envelope.all, m.page_size, m.root, self.arch.name, m.vmcoreinfo_paddr)
+        install(plugins, context, self.registry, self.problems)
 
     def _widen_by_preloaded(self) -> None:
         """Without any firmware source the kernel's own header is the best there is; it was right once."""
@@ -183,11 +204,14 @@ class Dump:
         return sorted(found)
 
     def lost(self) -> RangeSet:
-        """RAM that stays zero in the vmcore: no source shows it, or its device could not be asked what is plugged. Of
-        a fragmented machine no more than MAX_LOADS runs are told."""
+        """RAM that stays zero in the vmcore: no source shows it, or what was to be asked about it (a device, a plug-in)
+        did not answer. Of a fragmented machine no more than MAX_LOADS runs are told."""
         shown = self.memory.covered
         hidden = islice((run for run in self.readable_runs() if not shown.covers(*run)), MAX_LOADS)
         unasked = self.arch.system_ram & RangeSet(d.region for d in self.machine.devices if d.bitmap is None)
+        for rule in self.registry:
+            if rule.trouble == NOT_RAM:
+                unasked |= self.arch.system_ram & rule.troubled
         return (RangeSet(hidden) - shown) | (unasked - self.registry.ram(unasked))
 
     def close(self) -> None:
@@ -195,10 +219,16 @@ class Dump:
         self.machine.close()
 
 
-def build(machine: Machine, layout: str = CUT, mode: str = DYNAMIC, rules: Sequence[Rule] = ()) -> Dump:
+def build(
+    machine: Machine,
+    layout: str = CUT,
+    mode: str = DYNAMIC,
+    rules: Sequence[Rule] = (),
+    plugins: Sequence[Plugin] = (),
+) -> Dump:
     """A Dump, with the machine closed again if that fails."""
     try:
-        return Dump(machine, layout, mode, rules)
+        return Dump(machine, layout, mode, rules, plugins)
     except BaseException:
         machine.close()
         raise

@@ -163,6 +163,7 @@ def guard_json(dump: Dump, most: int | None = None) -> dict[str, Any]:
                 "refused_runs": count,
                 "refused_bytes": size,
                 "page_reads_refused": counters[rule.name],
+                "troubled": _pairs(rule.troubled, most),
             }
         )
     memory = dump.memory
