@@ -63,14 +63,23 @@ def open_machine(args: argparse.Namespace) -> Machine:
 
 def open_dump(args: argparse.Namespace) -> Dump:
     from capture.dump import build
+    from guard import plugins
 
+    named = [plugins.named(value) for value in [*os.environ.get(plugins.ENVIRONMENT, "").split(), *args.rule]]
     rules = []
     if args.deny or args.allow:
         from guard.rules import static
 
         rules = [static.deny(static.parse(args.deny))] if args.deny else []
         rules += [static.allow(static.parse(args.allow))] if args.allow else []
-    dump = build(open_machine(args), args.layout, args.mode, rules)
+    machine = open_machine(args)
+    if args.vmlinux:
+        try:
+            machine.arch.use_vmlinux(args.vmlinux)
+        except Error:
+            machine.close()
+            raise
+    dump = build(machine, args.layout, args.mode, rules, [*plugins.installed(machine.problems), *named])
     if not args.quiet:
         for line in dump.problems:
             warn(line)
@@ -90,7 +99,7 @@ def finished(dump: Dump) -> int:
     lost = dump.lost()
     faults = [f for f in dump.memory.faults() if f.errno != errno.ENXIO]  # what no source shows is told once
     lines = [f"{f.range} could not be read and is zeros: {os.strerror(f.errno)}" for f in faults]
-    lines += [f"{r} was RAM and is zeros: no source shows it, or its plug state is unknown" for r in lost]
+    lines += [f"{r} was RAM and is zeros: no source shows it, or nothing tells its state" for r in lost]
     for line in lines[:MAX_LINES]:
         warn(line)
     if len(lines) > MAX_LINES:
@@ -189,6 +198,22 @@ def cmd_record(args: argparse.Namespace) -> int:
     return DONE
 
 
+def cmd_run(args: argparse.Namespace) -> int:
+    from capture.run import CommandError, run
+
+    dump = open_dump(args)
+    try:
+        status = run(dump, args.argv, args.vmcore)
+    except CommandError as e:
+        tell(str(e))
+        return e.status
+    if args.report:
+        from capture import report
+
+        write_out(report.as_json(report.guard_json(dump, report.MOST_SERVED)), args.report)
+    return status or finished(dump)
+
+
 def cmd_check(args: argparse.Namespace) -> int:
     from capture.check import check
 
@@ -246,6 +271,18 @@ def parser() -> argparse.ArgumentParser:
             default=[],
             help=f"{about} physical ranges: 40000000-4fffffff, or a file with such lines (repeatable)",
         )
+    layout.add_argument(
+        "--vmlinux",
+        metavar="FILE",
+        help="the dead kernel's vmlinux: symbols and layouts where its VMCOREINFO note is missing or cut",
+    )
+    layout.add_argument(
+        "--rule",
+        metavar="MODULE:FUNCTION",
+        action="append",
+        default=[],
+        help="ask this rule plug-in too, besides the installed ones; a FILE has a slash in it (repeatable)",
+    )
     sub = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
     both = [machine, layout]
 
@@ -271,6 +308,12 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--direct", action="store_true", help="a file without page cache: for dd and other large reads")
     p = command("save", cmd_save, "guarded copy, sparse, with progress", *both)
     p.add_argument("-o", "--output", metavar="OUT", required=True, help='"-" streams to standard output')
+    p = command("run", cmd_run, "run a collector with the vmcore inside its own process", *both)
+    p.add_argument(
+        "--vmcore", metavar="FILE", default="/proc/vmcore", help="what the collector opens (default: /proc/vmcore)"
+    )
+    p.add_argument("--report", metavar="FILE", help="where to write what was refused and what could not be read")
+    p.add_argument("argv", metavar="COMMAND", nargs="+", help="a dynamically linked program, and its arguments")
     p = command("check", cmd_check, "verify a vmcore")
     p.add_argument("file")
     p = command("record", cmd_record, "write this machine's state as a folder for --machine", *both)

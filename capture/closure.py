@@ -9,15 +9,19 @@ import importlib
 import os
 import sys
 
+_X86_RULES = ("guard.rules.gart", "guard.rules.unaccepted", "guard.rules.xen_hvm")
 MODULES = (
     "capture.cli",
     "capture.background",
     "capture.init",
     "capture.record",
+    "capture.run",
     "capture.save",
     "guard.compiled",
+    "guard.plugins",
     "guard.rules.static",
     f"capture.{os.uname().machine}",  # no machine needs another one's
+    *(_X86_RULES if os.uname().machine == "x86_64" else ()),
     # the interpreter imports these late, for the terminal's encoding, file names and errors
     "encodings.ascii",
     "encodings.latin_1",
@@ -33,5 +37,7 @@ def closure() -> list[str]:
     from capture.cli import parser
 
     parser().format_help()  # argparse imports what it formats with at the last moment
+    from capture.run import LIBRARY
+
     files = (getattr(module, "__file__", None) for module in list(sys.modules.values()))
-    return sorted({file for file in files if file})
+    return sorted({file for file in files if file} | {LIBRARY})

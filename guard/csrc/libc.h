@@ -6,6 +6,7 @@
 #ifndef OLDMEM_LIBC_H
 #define OLDMEM_LIBC_H
 
+#include <sched.h>
 #include <sys/mman.h>
 #include <sys/mount.h>
 #include <sys/prctl.h>
@@ -14,5 +15,6 @@ int mount(const char *source, const char *target, const char *type, unsigned lon
 int umount2(const char *target, int flags);
 int mlock(const void *address, size_t n);
 int prctl(int option, ...);
+int unshare(int flags);
 
 #endif

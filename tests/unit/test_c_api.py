@@ -18,6 +18,7 @@ from guard.compiled import compile_guard
 from guard.ranges import Range
 from guard.registry import Registry, bitmap_rule
 from tests.c import ROOT, build_shared, build_static, example, missing, run, write_damages, write_files
+from tests.c.plans import planned
 from tests.unit.guard_files import PAGE, damages, registries, shown
 
 REASON = missing()
@@ -173,3 +174,10 @@ def test_damage_under_a_right_checksum_is_harmless_under_asan(fuzz: Path, data: 
         file.write(data)
         file.flush()
         assert statuses(fuzz, file.name)[0] in {0, 3, 4}
+
+
+def test_windows_of_a_collector_have_the_vmcores_bytes_in_every_thread(tmp_path: Path) -> None:
+    _, image, _ = write_files(tmp_path)
+    program = build_static(tmp_path, "windows", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+    with planned(tmp_path, image) as (plan, expected):
+        run(program, plan, expected)

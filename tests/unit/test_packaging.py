@@ -20,6 +20,7 @@ from typing import NamedTuple
 import pytest
 
 from capture.cli import VERSION
+from tests.image.machines import RecordedKernel
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("guard", "capture", "initramfs")
@@ -111,7 +112,8 @@ def test_wheel_serves_every_interpreter_from_3_11_on(built: Built) -> None:
 def test_wheel_has_the_packages_with_their_types_and_nothing_else(built: Built) -> None:
     names = wheel_names(built)
     sources = {name for package in PACKAGES for name in files(built.tree, package) if name.endswith(".py")}
-    data = {"guard/py.typed", "guard/_core.pyi", "guard/_core.abi3.so", "capture/py.typed"}
+    data = {"guard/py.typed", "guard/_core.pyi", "guard/_core.abi3.so"}
+    data |= {"capture/py.typed", "capture/_preload.abi3.so"}
     assert {name for name in names if ".dist-info/" not in name} == sources | data | files(built.tree, "initramfs")
 
 
@@ -129,6 +131,15 @@ def test_installed_command_runs_outside_the_tree_without_cffi(installed: Path, t
     assert "exit status" in run(installed / "oldmem", "--help", cwd=tmp_path)
     assert run(installed / "python", "-m", "capture", "--version", cwd=tmp_path) == f"oldmem {VERSION}\n"
     assert "--list-files" in run(installed / "python", "-m", "initramfs", "--help", cwd=tmp_path)
+
+
+def test_installed_command_puts_its_library_into_a_program(installed: Path, tmp_path: Path) -> None:
+    kernel = RecordedKernel()
+    kernel.shrink()
+    kernel.finish_kernel()
+    machine = kernel.write(tmp_path)
+    magic = run(installed / "oldmem", "run", "--machine", machine, "--", "head", "-c4", "/proc/vmcore", cwd=tmp_path)
+    assert magic == "\x7fELF"
 
 
 def test_installed_packages_import_outside_the_tree(installed: Path, tmp_path: Path) -> None:

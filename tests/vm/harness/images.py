@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The guests' initramfs, the same for the first and the capture kernel: busybox, kexec and makedumpfile of the trixie
-sysroot, kernel modules, guest/init, and (unless told otherwise) oldmem with the interpreter that this runs under."""
+sysroot, kernel modules, guest/init, and (unless told otherwise) oldmem with the interpreter that this runs under and
+cp-dynamic and dd-dynamic."""
 
 from __future__ import annotations
 
@@ -15,6 +16,7 @@ from . import debian
 
 INIT = Path(__file__).resolve().parent / "guest" / "init"
 MODULES = ["virtio_pci", "virtio_blk", "virtio_mem", "virtio_balloon", "fuse", "qemu_fw_cfg", "loop"]
+DYNAMIC = ("cp", "dd")  # of this machine, for what is put into a collector: busybox is static
 TOOLS = ("/usr/sbin/kexec", "/usr/bin/makedumpfile")
 LEVEL = 3  # the image is made anew for each test run, and one level more or less does not matter to the guest
 
@@ -29,8 +31,13 @@ def initramfs(generation: str, oldmem: bool = True, testing: bool = False) -> by
     builder.add_busybox(str(sysroot / "usr/bin/busybox"))
     if oldmem:
         builder.add_symlink("/usr/bin/python3", builder.add_python())
+        for name in DYNAMIC:
+            builder.add_binary(f"/usr/bin/{name}", name=f"{name}-dynamic")
     for tool in TOOLS:
         builder.add_binary(tool, sysroot=str(sysroot))
+    # what ends threads is loaded when it is needed, hence named by no program
+    (libgcc,) = sysroot.glob("usr/lib/*/libgcc_s.so.1")
+    builder.add_file(f"/opt/{sysroot.resolve().name}/lib/{libgcc.name}", str(libgcc))
     if testing:
         newer = str(debian.testing_sysroot())
         builder.add_binary("/usr/bin/makedumpfile", sysroot=newer, name="makedumpfile-testing")

@@ -1,0 +1,435 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+#define _GNU_SOURCE
+#include "compose.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <pthread.h>
+#include <signal.h>
+#include <stdatomic.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+
+#include "guardfile.h"
+
+enum { MAPPED = 1024, ZERO_FLAGS = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE };
+
+/* A range that compose() made. The signal handler reads these: end is written last, and 0 while the rest changes. */
+struct mapped {
+	_Atomic uintptr_t start, end;
+	_Atomic uint64_t offset;	/* in the vmcore */
+};
+
+static struct mapped mapped[MAPPED];
+static pthread_mutex_t mapped_lock = PTHREAD_MUTEX_INITIALIZER;
+static const struct composer *handler_composer;
+static struct sigaction earlier;
+
+static const void *part(const struct composer *c, uint64_t offset)
+{
+	return (const uint8_t *)c->plan + offset;
+}
+
+static uint64_t page_size(const struct composer *c)
+{
+	return UINT64_C(1) << c->plan->page_shift;
+}
+
+static void count(uint64_t *counter, uint64_t n)
+{
+	__atomic_fetch_add(counter, n, __ATOMIC_RELAXED);
+}
+
+static void log_fault(const struct composer *c, uint64_t paddr, uint64_t n, int error)
+{
+	unsigned shift = (unsigned)c->plan->page_shift;
+	struct physmem_fault *faults = c->tally->faults, fault = { paddr >> shift, (paddr + n) >> shift, error };
+	uint64_t known = __atomic_load_n(&c->tally->n_faults, __ATOMIC_RELAXED), i;
+
+	/* what is mapped again and again must not fill the log */
+	for (i = 0; i < known && i < PLAN_FAULTS; i++)
+		if (faults[i].error == error && faults[i].first <= fault.first && fault.end <= faults[i].end)
+			return;
+	i = __atomic_fetch_add(&c->tally->n_faults, 1, __ATOMIC_RELAXED);
+	if (i < PLAN_FAULTS)
+		faults[i] = fault;
+}
+
+/* The first extent that ends behind the offset; n_extents if there is none. */
+static uint64_t extent_after(const struct composer *c, uint64_t offset)
+{
+	const struct view_extent *extents = part(c, c->plan->extents);
+	uint64_t low = 0, high = c->plan->n_extents;
+
+	while (low < high) {
+		uint64_t mid = low + (high - low) / 2;
+
+		if (extents[mid].offset + extents[mid].size > offset)
+			high = mid;
+		else
+			low = mid + 1;
+	}
+	return low;
+}
+
+/* The first segment that ends behind paddr; n_segments if there is none. */
+static uint64_t segment_after(const struct composer *c, uint64_t paddr)
+{
+	const struct plan_segment *segments = part(c, c->plan->segments);
+	uint64_t low = 0, high = c->plan->n_segments;
+
+	while (low < high) {
+		uint64_t mid = low + (high - low) / 2;
+
+		if (segments[mid].paddr + (segments[mid].size - 1) >= paddr)
+			high = mid;
+		else
+			low = mid + 1;
+	}
+	return low;
+}
+
+int compose_reopen(const struct composer *c, int64_t fd, int flags)
+{
+	char path[64];
+	int opened;
+
+	snprintf(path, sizeof(path), "/proc/%lld/fd/%lld", (long long)c->plan->pid, (long long)fd);
+	do
+		opened = c->libc->open(path, flags | O_CLOEXEC);
+	while (opened < 0 && errno == EINTR);
+	return opened < 0 ? -errno : opened;
+}
+
+/*
+ * A page of ours that cannot be delivered. The instruction that wanted it finds zeros when it is tried again. Only what
+ * is async-signal-safe is called.
+ */
+static void on_sigbus(int sig, siginfo_t *info, void *context)
+{
+	const struct composer *c = handler_composer;
+	uintptr_t at = (uintptr_t)info->si_addr & ~(uintptr_t)(page_size(c) - 1);
+	int saved = errno;
+
+	for (int i = 0; i < MAPPED; i++) {
+		uintptr_t end = atomic_load_explicit(&mapped[i].end, memory_order_acquire);
+		uintptr_t start = atomic_load_explicit(&mapped[i].start, memory_order_relaxed);
+		uint64_t offset = mapped[i].offset, e;
+
+		if (at < start || at >= end)
+			continue;
+		if (c->libc->mmap((void *)at, page_size(c), PROT_READ, ZERO_FLAGS | MAP_FIXED, -1, 0) == MAP_FAILED)
+			break;
+		offset += at - start;
+		e = extent_after(c, offset);
+		if (e < c->plan->n_extents) {
+			const struct view_extent *extent = (const struct view_extent *)part(c, c->plan->extents) + e;
+
+			log_fault(c, extent->paddr + (offset - extent->offset), page_size(c), EFAULT);
+		}
+		errno = saved;
+		return;
+	}
+	if (earlier.sa_flags & SA_SIGINFO)
+		earlier.sa_sigaction(sig, info, context);
+	else if (earlier.sa_handler != SIG_DFL && earlier.sa_handler != SIG_IGN)
+		earlier.sa_handler(sig);
+	else
+		signal(SIGBUS, SIG_DFL);	/* the returning instruction raises it again */
+}
+
+static int catch_sigbus(const struct composer *c)
+{
+	struct sigaction now, action = { .sa_sigaction = on_sigbus, .sa_flags = SA_SIGINFO | SA_NODEFER | SA_RESTART };
+
+	if (sigaction(SIGBUS, NULL, &now))
+		return -errno;
+	if ((now.sa_flags & SA_SIGINFO) && now.sa_sigaction == on_sigbus)
+		return 0;
+	earlier = now;
+	handler_composer = c;
+	return sigaction(SIGBUS, &action, NULL) ? -errno : 0;
+}
+
+/* Without a free place a fault in the range stays what it is without us: the end of the program. */
+static void remember(uintptr_t start, uintptr_t end, uint64_t offset)
+{
+	for (int i = 0; i < MAPPED; i++) {
+		if (mapped[i].end)
+			continue;
+		mapped[i].start = start;
+		mapped[i].offset = offset;
+		atomic_store_explicit(&mapped[i].end, end, memory_order_release);
+		return;
+	}
+}
+
+void compose_forget(const void *at, size_t n)
+{
+	uintptr_t from = (uintptr_t)at, to = from + n;
+
+	pthread_mutex_lock(&mapped_lock);
+	for (int i = 0; i < MAPPED; i++) {
+		uintptr_t start = mapped[i].start, end = mapped[i].end;
+		uint64_t offset = mapped[i].offset;
+
+		if (to <= start || from >= end)
+			continue;
+		mapped[i].end = 0;
+		if (start < from)
+			remember(start, from, offset);
+		if (to < end)
+			remember(to, end, offset + (to - start));
+	}
+	pthread_mutex_unlock(&mapped_lock);
+}
+
+/* One call of compose(), under way. */
+struct laying {
+	struct composer *c;
+	uint8_t *at;
+	enum compose_how how;
+	unsigned pieces;	/* left */
+	int64_t fd_of;		/* which of the plan's process is open as fd; -1: none */
+	int fd;
+};
+
+static void let_go(struct laying *l)
+{
+	if (l->fd_of >= 0)
+		l->c->libc->close(l->fd);
+	l->fd_of = -1;
+}
+
+static int map_file(struct laying *l, int64_t fd, uint64_t file_offset, uint8_t *to, uint64_t n)
+{
+	if (l->fd_of != fd) {
+		int opened = compose_reopen(l->c, fd, O_RDONLY);
+
+		if (opened < 0)
+			return opened;
+		let_go(l);
+		l->fd_of = fd;
+		l->fd = opened;
+	}
+	if (l->c->libc->mmap(to, n, PROT_READ, MAP_SHARED | MAP_FIXED | MAP_NORESERVE, l->fd, (off_t)file_offset) ==
+	    MAP_FAILED)
+		return -errno;
+	l->pieces--;
+	return 0;
+}
+
+/*
+ * RAM [paddr, paddr + *n) at `to`; *n shrinks where the pieces are used up. A page that some driver or the kernel keeps
+ * from being mapped must not cost those beside it: what fails is halved until it is one page.
+ */
+static int lay_ram(struct laying *l, uint64_t paddr, uint8_t *to, uint64_t *n)
+{
+	const struct plan_segment *segments = part(l->c, l->c->plan->segments);
+	const uint64_t page = page_size(l->c);
+	uint64_t done = 0, most = *n;
+
+	while (done < *n) {
+		uint64_t i = segment_after(l->c, paddr + done), piece = *n - done;
+		const struct plan_segment *s = segments + i;
+		int err = -ENXIO;
+
+		if (i == l->c->plan->n_segments || s->paddr > paddr + done) {
+			if (i < l->c->plan->n_segments && s->paddr - (paddr + done) < piece)
+				piece = s->paddr - (paddr + done);
+			log_fault(l->c, paddr + done, piece, ENXIO);
+			done += piece;
+			continue;
+		}
+		if (!l->pieces) {
+			*n = done;
+			return 0;
+		}
+		if (piece > s->size - (paddr + done - s->paddr))
+			piece = s->size - (paddr + done - s->paddr);
+		if (piece > most)
+			piece = most;
+		err = map_file(l, s->fd, s->offset + (paddr + done - s->paddr), to + done, piece);
+		if (err && l->how == COMPOSE_ALL)
+			return err;
+		if (err && piece > page) {
+			most = piece / 2 / page * page;
+			continue;
+		}
+		if (err)
+			log_fault(l->c, paddr + done, piece, -err);
+		else
+			count(&l->c->tally->pages_shown, piece >> l->c->plan->page_shift);
+		most = err ? page : most > *n / 2 ? *n : most * 2;
+		done += piece;
+	}
+	return 0;
+}
+
+static int lay_extent(struct laying *l, uint64_t paddr, uint8_t *to, uint64_t *n)
+{
+	const unsigned shift = (unsigned)l->c->plan->page_shift;
+	uint64_t done = 0;
+
+	while (done < *n) {
+		uint64_t pfn = (paddr + done) >> shift, wanted;
+		int refuser, err;
+		uint64_t run = gate_run(&l->c->gate, pfn, (paddr + *n) >> shift, &refuser) - pfn;
+
+		if (refuser >= 0) {
+			count(&l->c->tally->refused[refuser], run);
+			done += run << shift;
+			continue;
+		}
+		if (!l->pieces)
+			break;
+		wanted = run << shift;
+		err = lay_ram(l, paddr + done, to + done, &wanted);
+		if (err)
+			return err;
+		done += wanted;
+		if (wanted < run << shift)
+			break;
+	}
+	*n = done;
+	return 0;
+}
+
+/* [offset, offset + *n) over the zero pages at l->at; *n shrinks where the pieces are used up. */
+static int lay(struct laying *l, uint64_t offset, uint64_t *n)
+{
+	const struct plan *plan = l->c->plan;
+	const struct view_extent *extents = part(l->c, plan->extents);
+	const uint64_t page = page_size(l->c), start = offset, end = offset + *n;
+	const uint64_t head_end = (plan->head_size + page - 1) / page * page;
+
+	if (offset < head_end) {
+		uint64_t piece = (head_end < end ? head_end : end) - offset;
+		int err = map_file(l, plan->plan_fd, plan->head + offset, l->at, piece);
+
+		if (err)
+			return err;
+		offset += piece;
+	}
+	for (uint64_t i = extent_after(l->c, offset); i < plan->n_extents && extents[i].offset < end; i++) {
+		const struct view_extent *e = extents + i;
+		uint64_t piece, wanted;
+		int err;
+
+		if (offset < e->offset)
+			offset = e->offset;
+		wanted = piece = (e->offset + e->size < end ? e->offset + e->size : end) - offset;
+		err = lay_extent(l, e->paddr + (offset - e->offset), l->at + (offset - start), &piece);
+		if (err)
+			return err;
+		offset += piece;
+		if (piece < wanted) {
+			*n = offset - start;
+			return 0;
+		}
+	}
+	return 0;
+}
+
+int64_t compose(struct composer *c, void **at, uint64_t offset, uint64_t n, int fixed, unsigned pieces,
+		enum compose_how how)
+{
+	struct laying l = { .c = c, .how = how, .pieces = pieces, .fd_of = -1 };
+	uint64_t laid = n;
+	void *base;
+	int err;
+
+	if (fixed & MAP_FIXED)
+		compose_forget(*at, n);
+	base = c->libc->mmap(*at, n, PROT_READ, ZERO_FLAGS | fixed, -1, 0);
+	if (base == MAP_FAILED)
+		return -errno;
+	l.at = base;
+	err = lay(&l, offset, &laid);
+	let_go(&l);
+	if (!err && laid < n && how == COMPOSE_ALL)
+		err = -ENOMEM;
+	if (err)
+		laid = 0;
+	if (laid < n)
+		c->libc->munmap((uint8_t *)base + laid, n - laid);
+	if (err)
+		return err;
+	pthread_mutex_lock(&mapped_lock);
+	remember((uintptr_t)base, (uintptr_t)base + laid, offset);
+	pthread_mutex_unlock(&mapped_lock);
+	*at = base;
+	return (int64_t)laid;
+}
+
+static int map_shared(const struct composer *c, int fd, uint64_t n, int prot, void **map)
+{
+	*map = c->libc->mmap(NULL, n, prot, MAP_SHARED, fd, 0);
+	return *map == MAP_FAILED ? -errno : 0;
+}
+
+static int open_plan(struct composer *c, int fd)
+{
+	struct stat st;
+	void *map;
+	int err;
+
+	if (fstat(fd, &st))
+		return -errno;
+	if (st.st_size < (off_t)sizeof(struct plan))
+		return -EBADMSG;
+	err = map_shared(c, fd, (uint64_t)st.st_size, PROT_READ, &map);
+	if (err)
+		return err;
+	c->plan = map;
+	return c->plan->layout == sizeof(*c->plan) && c->plan->plan_size == (uint64_t)st.st_size ? 0 : -EBADMSG;
+}
+
+int compose_open(struct composer *c, const struct libc *libc, const char *path, char *why, size_t room)
+{
+	void *map = NULL;
+	int fd, err;
+
+	*c = (struct composer){ .libc = libc };
+	fd = libc->open(path, O_RDONLY | O_CLOEXEC);
+	err = fd < 0 ? -errno : open_plan(c, fd);
+	if (fd >= 0)
+		libc->close(fd);
+	if (!err) {
+		fd = compose_reopen(c, c->plan->tally_fd, O_RDWR);
+		err = fd < 0 ? fd : map_shared(c, fd, sizeof(*c->tally), PROT_READ | PROT_WRITE, &map);
+		if (fd >= 0)
+			libc->close(fd);
+	}
+	if (err) {
+		snprintf(why, room, "%s: %s", path, err == -EBADMSG ? "not what this library was built for" : strerror(-err));
+		return err;
+	}
+	c->tally = map;
+	count(&c->tally->loaded, 1);
+	return 0;
+}
+
+int compose_ready(struct composer *c, char *why, size_t room)
+{
+	struct gate_rule *rules;
+	struct guardfile file;
+	int err = guardfile_check(&file, part(c, c->plan->guard), c->plan->guard_size, why, room);
+
+	if (err)
+		return err;
+	rules = calloc(file.n + 1, sizeof(*rules));	/* no rules are no lack of memory */
+	err = rules ? catch_sigbus(c) : -ENOMEM;
+	if (err) {
+		free(rules);
+		snprintf(why, room, "%s", strerror(-err));
+		return err;
+	}
+	for (size_t i = 0; i < file.n; i++)
+		guardfile_rule(&file, i, rules + i, NULL, NULL);
+	c->gate = (struct gate){ file.n, rules };
+	return 0;
+}

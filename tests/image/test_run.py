@@ -1,0 +1,255 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""``oldmem run`` over images: programs get the guarded bytes in every way of reading, and nothing but these."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from capture.run import LIBRARY, PLAN_VARIABLE
+from tests.image.conftest import Recorded
+from tests.image.machines import DEVICE, RecordedKernel, oldmem, plugged_spans
+
+COLLECTOR = Path(__file__).with_name("collector.py")
+MIB = 1 << 20
+
+
+def run(
+    folder: Path, *command: str | Path, options: tuple[str | Path, ...] = (), **more: object
+) -> subprocess.CompletedProcess[str]:
+    line: list[str | Path] = [sys.executable, "-m", "capture", "run", "--machine", folder, *options, "--", *command]
+    return subprocess.run(line, capture_output=True, text=True, timeout=100, **more)  # type: ignore[call-overload, no-any-return]
+
+
+def made(folder: Path) -> Path:
+    folder.mkdir()
+    return folder
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+@pytest.mark.parametrize("exists", [False, True], ids=["no file of that name", "a file of that name"])
+def test_every_way_of_reading_gives_the_bytes_of_the_saved_file(
+    small_machine: Recorded, saved_small: Path, tmp_path: Path, seed: int, exists: bool
+) -> None:
+    vmcore = tmp_path / "vmcore"
+    if exists:
+        vmcore.write_text("not this")
+    options = ("--layout", "kernel", "--vmcore", vmcore)
+    done = run(small_machine.folder, sys.executable, COLLECTOR, vmcore, saved_small, str(seed), options=options)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "same\n", "")
+    assert not exists or vmcore.read_text() == "not this"
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "sha256sum <{0}",
+        "sha256sum {0}",  # stdio
+        "cat {0} | sha256sum",
+        "dd if={0} bs=1M status=none | sha256sum",
+        "dd if={0} bs=4097 status=none | sha256sum",
+        "cp --sparse=always {0} {1}; sha256sum <{1}",
+        "cp {0} {1}; sha256sum <{1}",
+        "cd $(dirname {0}); cat vmcore | sha256sum",
+        "tail -c +1 {0} | sha256sum",
+    ],
+)
+def test_common_programs_copy_all_of_it(small_machine: Recorded, saved_small: Path, tmp_path: Path, line: str) -> None:
+    vmcore = tmp_path / "vmcore"
+    command = line.format(vmcore, tmp_path / "copy")
+    options = ("--layout", "kernel", "--vmcore", vmcore)
+    done = run(small_machine.folder, "bash", "-o", "pipefail", "-c", command, options=options)
+    saved = subprocess.run(["sha256sum", saved_small], capture_output=True, text=True, timeout=60, check=True).stdout
+    if line.startswith("sha256sum <"):  # standard input is libc's own business: it is refused, never zeros
+        assert done.returncode == 1
+        assert "Bad file descriptor" in done.stderr
+        return
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.split()[0] == saved.split()[0]
+
+
+def test_status_of_the_command_is_its_own(small_machine: Recorded, tmp_path: Path) -> None:
+    script = tmp_path / "script"
+    script.write_text("#!/bin/sh\nexit 9\n")
+    for command, status in ((["bash", "-c", "exit 7"], 7), (["bash", "-c", "kill -9 $$"], 137), (["true"], 0)):
+        done = run(small_machine.folder, *command)
+        assert (done.returncode, done.stderr) == (status, "")
+    done = run(small_machine.folder, "no-such-command")
+    assert (done.returncode, done.stderr) == (127, "oldmem: no-such-command: No such file or directory\n")
+    done = run(small_machine.folder, script)
+    assert (done.returncode, done.stderr) == (126, f"oldmem: {script}: Permission denied\n")
+    script.chmod(0o755)
+    assert run(small_machine.folder, script).returncode == 9
+    assert run(small_machine.folder).returncode == 2
+
+
+def test_signal_that_ends_the_command_is_passed_on(small_machine: Recorded) -> None:
+    line: list[str | Path] = [sys.executable, "-m", "capture", "run", "--machine", small_machine.folder, "--"]
+    command = ["bash", "-c", "trap 'echo heard; exit 5' TERM; echo up; while :; do sleep 0.1; done"]
+    with subprocess.Popen([*line, *command], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout
+        assert process.stdout.readline() == "up\n"
+        process.send_signal(signal.SIGTERM)
+        assert process.communicate(timeout=30)[0] == "heard\n"
+        assert process.returncode == 5
+
+
+def test_statically_linked_program_is_told_from_one_that_read_nothing(small_machine: Recorded, tmp_path: Path) -> None:
+    source, program = tmp_path / "static.c", tmp_path / "static"
+    source.write_text("int main(void) { return 0; }\n")
+    subprocess.run(["gcc", "-static", "-o", program, source], check=True, timeout=60)
+    done = run(small_machine.folder, program)
+    assert done.returncode == 1
+    assert (
+        done.stderr
+        == f"oldmem: {program} is statically linked, and has seen no vmcore (status 0); use oldmem mount or init\n"
+    )
+    assert run(small_machine.folder, "true").returncode == 0
+
+
+def test_environment_keeps_what_was_preloaded_already(small_machine: Recorded) -> None:
+    environment = os.environ | {"LD_PRELOAD": "libc.so.6"}
+    done = run(small_machine.folder, "bash", "-c", "echo $LD_PRELOAD", env=environment)
+    first, second = done.stdout.strip().split(":")
+    assert os.path.basename(first) == "_preload.abi3.so"
+    assert second == "libc.so.6"
+
+
+def test_report_has_what_was_refused_and_what_was_read(small_machine: Recorded, tmp_path: Path) -> None:
+    report = tmp_path / "report.json"
+    options = ("--layout", "kernel", "--report", report)
+    done = run(small_machine.folder, "bash", "-c", "cat /proc/vmcore >/dev/null", options=options)
+    assert (done.returncode, done.stderr) == (0, "")
+    told = json.loads(report.read_text())
+    refused = {r["name"]: r["page_reads_refused"] for r in told["rules"]}
+    unplugged = next(pages for name, pages in refused.items() if name.startswith("virtio-mem"))
+    assert unplugged == 12 * 512  # blocks 16 to 19 and 24 to 31 of 2 MiB
+    assert told["bytes_read"] >= 20 * 2 * MIB
+    assert told["unreadable"] == []
+
+
+def test_image_cut_while_it_is_mapped_costs_what_was_cut_and_is_told(tmp_path: Path) -> None:
+    machine = RecordedKernel()
+    machine.shrink()
+    machine.finish_kernel()
+    folder = machine.write(made(tmp_path / "machine"))
+    device, end = folder / "vm0.raw", plugged_spans()[-1][1] - DEVICE[0]
+    reader = (
+        "import mmap, os, sys\n"
+        "fd = os.open('/proc/vmcore', os.O_RDONLY)\n"
+        "n = os.fstat(fd).st_size\n"
+        "whole = mmap.mmap(fd, n, mmap.MAP_PRIVATE, mmap.PROT_READ)\n"
+        f"os.truncate({str(device)!r}, {end - MIB})\n"
+        "mapped = whole[:]\n"
+        "assert mapped == os.pread(fd, n, 0)\n"
+        "whole.close()\n"
+        "sys.stdout.buffer.write(mapped)\n"
+    )
+    out = tmp_path / "out"
+    with open(out, "wb") as file:
+        line: list[str | Path] = [
+            sys.executable,
+            "-m",
+            "capture",
+            "run",
+            "--machine",
+            folder,
+            "--",
+            sys.executable,
+            "-c",
+            reader,
+        ]
+        done = subprocess.run(line, stdout=file, stderr=subprocess.PIPE, text=True, timeout=100)
+    whole = machine.write(made(tmp_path / "whole"))
+    saved = tmp_path / "saved"
+    assert oldmem("save", "--machine", whole, "-o", saved).status == 0
+    assert done.returncode == 4, done.stderr
+    lines = done.stderr.splitlines()
+    assert len(lines) == 1
+    assert "could not be read and is zeros: Bad address" in lines[0]
+    ours, theirs = out.read_bytes(), saved.read_bytes()
+    assert len(ours) == len(theirs)
+    different = [i for i in range(0, len(ours), 4096) if ours[i : i + 4096] != theirs[i : i + 4096]]
+    assert all(not any(ours[i : i + 4096]) for i in different)
+    assert len(different) * 4096 <= MIB
+
+
+def test_memory_in_very_many_pieces_is_read_where_it_cannot_be_mapped_at_once(
+    small_machine: Recorded, tmp_path: Path
+) -> None:
+    start = DEVICE[0]
+    denied = tmp_path / "denied"
+    pages = range(start, start + 30 * MIB, 8192)
+    denied.write_text("".join(f"{a:x}-{a + 4095:x}\n" for a in pages))
+    saved = tmp_path / "saved"
+    options: tuple[str | Path, ...] = ("--layout", "kernel", "--deny", denied)
+    assert oldmem("save", *options, "--machine", small_machine.folder, "-o", saved).status == 0
+    script = (
+        "import errno, mmap, os, sys\n"
+        "ours, theirs = (os.open(p, os.O_RDONLY) for p in sys.argv[1:])\n"
+        "n = os.fstat(theirs).st_size\n"
+        "pieces = sum(1 for _ in open('/proc/self/maps'))\n"
+        "for at in range(0, n, 1 << 20):\n"
+        "    assert os.pread(ours, 1 << 20, at) == os.pread(theirs, 1 << 20, at), at\n"
+        "    whole = min(1 << 20, n - at)\n"
+        "    with mmap.mmap(ours, whole, mmap.MAP_PRIVATE, mmap.PROT_READ, offset=at) as m:\n"
+        "        assert m[:] == os.pread(theirs, whole, at), at\n"
+        "assert sum(1 for _ in open('/proc/self/maps')) - pieces < 2 * 16 * 1024 + 64\n"
+    )
+    done = run(small_machine.folder, sys.executable, "-c", script, "/proc/vmcore", saved, options=options)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_collector_whose_oldmem_was_killed_fails_and_gets_no_zeros(small_machine: Recorded, saved_small: Path) -> None:
+    script = (
+        "import os, signal, sys, time\n"
+        "early = os.open('/proc/vmcore', os.O_RDONLY)\n"
+        "head = os.pread(early, 64, 0)\n"
+        "os.kill(os.getppid(), signal.SIGKILL)\n"
+        "time.sleep(1)\n"
+        "assert os.pread(early, 64, 0) == head\n"  # what is mapped stays
+        "try:\n"
+        "    os.open('/proc/vmcore', os.O_RDONLY)\n"
+        "except OSError as e:\n"
+        "    print('late:', e.strerror, flush=True)\n"
+        "os.execvp('cat', ['cat', '/proc/vmcore'])\n"
+    )
+    done = run(small_machine.folder, sys.executable, "-c", script, options=("--layout", "kernel"))
+    assert done.returncode == -signal.SIGKILL
+    assert done.stdout == "late: No such file or directory\n"
+    assert "oldmem run: /proc/" in done.stderr
+
+
+def test_vmcore_whose_memory_lies_across_pages_of_the_file_is_refused_in_one_line(small_machine: Recorded) -> None:
+    script = (
+        "import sys\n"
+        "from capture import cli, elfcore, run\n"
+        "from capture.elfcore import Extent\n"
+        "build = elfcore.build\n"
+        "def shifted(*a, **k):\n"
+        "    core = build(*a, **k)\n"
+        "    return core._replace(extents=tuple(Extent(o + 8, s, p) for o, s, p in core.extents))\n"
+        "elfcore.build = shifted\n"
+        "sys.exit(cli.run(sys.argv[1:]))\n"
+    )
+    line: list[str | Path] = [sys.executable, "-c", script, "run", "--machine", small_machine.folder, "--", "true"]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert "is not at whole pages of the vmcore" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_library_and_plan_of_different_builds_do_not_go_together(small_machine: Recorded, tmp_path: Path) -> None:
+    other = tmp_path / "plan"
+    other.write_bytes(bytes(1 << 16))
+    for path, why in ((other, "not what this library was built for"), (tmp_path / "none", "No such file or directory")):
+        environment = os.environ | {"LD_PRELOAD": LIBRARY, PLAN_VARIABLE: str(path)}
+        done = subprocess.run(["cat", "/etc/hostname"], env=environment, capture_output=True, text=True, timeout=30)
+        assert (done.returncode, done.stdout) == (1, "")
+        assert done.stderr == f"oldmem run: {path}: {why}\n"
