@@ -36,9 +36,9 @@ NEEDED := \
 demo: venv
 	$(IN_VENV) -m tests.vm.demo
 
-# One part of it: make test TESTS=tests/unit
+# One part of it: make test TESTS=tests/unit. Guests keep one processor busy, all other tests the other one
 test: venv
-	$(IN_VENV) -m pytest $(TESTS)
+	$(IN_VENV) -m pytest -n 2 --dist loadgroup $(TESTS)
 
 lint: venv
 	$(IN_VENV) -m ruff check .

@@ -211,7 +211,8 @@ def cmd_run(args: argparse.Namespace) -> int:
         from capture import report
 
         write_out(report.as_json(report.guard_json(dump, report.MOST_SERVED)), args.report)
-    return status or finished(dump)
+    ended = finished(dump)
+    return status or ended
 
 
 def cmd_check(args: argparse.Namespace) -> int:

@@ -39,5 +39,7 @@ def closure() -> list[str]:
     parser().format_help()  # argparse imports what it formats with at the last moment
     from capture.run import LIBRARY
 
-    files = (getattr(module, "__file__", None) for module in list(sys.modules.values()))
-    return sorted({file for file in files if file} | {LIBRARY})
+    files = {getattr(module, "__file__", None) for module in list(sys.modules.values())}
+    if os.path.exists(LIBRARY):  # a core that is built for another machine comes without
+        files.add(LIBRARY)
+    return sorted(filter(None, files))

@@ -17,7 +17,7 @@ from capture.sources import cmdline, firmware_memmap, fw_cfg, iomem, memory_bloc
 from capture.sources.report import SourceReport
 from guard import devmem, procvmcore, virtio_mem
 from guard.errors import Error, SourceError
-from guard.physmem import Segment, layer, only
+from guard.physmem import Segment, covered, layer, only
 from guard.procvmcore import CoreHeader
 from guard.ranges import Range, RangeSet
 from guard.witness.memory import Problems
@@ -90,6 +90,10 @@ class Machine:
     def open_segments(self, wanted: RangeSet) -> list[Segment]:
         """The files that show *wanted* (whole pages). Raises SourceError if there is none."""
         raise NotImplementedError
+
+    def to_map(self, segments: list[Segment]) -> list[Segment]:
+        """What *segments* show, through the files that are quickest to map."""
+        return segments
 
     def firmware_segments(self, wanted: RangeSet) -> list[Segment]:
         """The files that show *wanted* (whole pages), which firmware keeps its tables in. Raises SourceError if there
@@ -239,6 +243,15 @@ class LiveMachine(Machine):
             raise SourceError(f"neither {devmem.PATH} nor {procvmcore.PATH} shows any old memory")
         self.source = " and ".join(dict.fromkeys(s.name for s in segments))
         return segments
+
+    def to_map(self, segments: list[Segment]) -> list[Segment]:
+        """/proc/vmcore first: of each page of /dev/mem that is mapped, the kernel looks up what it is
+        (drivers/char/mem.c:range_is_allowed())."""
+        if self._wanted_source == "devmem" or self.core_header is None or self.core_fd is None:
+            return segments
+        kernels = procvmcore.segments(self.core_fd, self.core_header, self.page_size)
+        aligned = [s for s in kernels if not s.offset % self.page_size]
+        return layer(only(aligned, covered(segments)), segments)
 
     def firmware_segments(self, wanted: RangeSet) -> list[Segment]:
         opened = devmem.open_devmem(wanted, self.own, RangeSet())

@@ -104,8 +104,14 @@ class Plan:
                 )
             c.offset, c.size, c.paddr = e
             behind = e.offset + e.size
-        segments = ffi.new("struct plan_segment[]", len(dump.memory.segments))
-        for c, s in zip(segments, dump.memory.segments, strict=True):
+        to_map = dump.machine.to_map(dump.memory.segments)
+        segments = ffi.new("struct plan_segment[]", len(to_map))
+        for c, s in zip(segments, to_map, strict=True):
+            if s.offset % page_size:
+                raise Error(
+                    f"{s.name}: memory at {s.paddr:#x} is at offset {s.offset:#x}, not at a whole page: it cannot be "
+                    "mapped; use oldmem mount or save"
+                )
             c.paddr, c.size, c.offset, c.fd = s.paddr, s.size, s.offset, s.fd
         plan = ffi.new("struct plan *")
         plan.layout, plan.pid = ffi.sizeof("struct plan"), os.getpid()
@@ -293,6 +299,8 @@ def run(dump: Dump, command: Sequence[str], path: str) -> int:
 
     What it read and what was refused is in *dump* then, as if read by itself. Raises CommandError if it cannot be run,
     Error if it ended without having had the library."""
+    if not os.path.exists(LIBRARY):
+        raise Error(f"{LIBRARY}: not there: this oldmem was built without what it puts into collectors")
     plan = Plan(dump, os.path.abspath(path))
     try:
         with _Forwarding() as signals:

@@ -23,6 +23,16 @@ REQUIRED = re.compile(
 )
 
 
+GUESTS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "vm", "")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Two groups for two processes (make test): more than one guest at a time would only be slower, and tests that
+    count loop devices and mounts are not to meet each other."""
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group("guests" if str(item.path).startswith(GUESTS) else "others"))
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
     report = yield

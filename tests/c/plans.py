@@ -29,7 +29,8 @@ def planned(folder: Path, image: Path) -> Iterator[tuple[str, Path]]:
     vmcore = Vmcore(core, memory)
     expected = folder / "expected"
     expected.write_bytes(vmcore.read(0, vmcore.size))
-    dump: Any = SimpleNamespace(registry=registry, memory=memory, core=core, vmcore=vmcore)
+    machine = SimpleNamespace(to_map=lambda segments: segments)
+    dump: Any = SimpleNamespace(machine=machine, registry=registry, memory=memory, core=core, vmcore=vmcore)
     plan = Plan(dump, "/proc/vmcore")
     try:
         yield f"/proc/{os.getpid()}/fd/{plan.fd}", expected

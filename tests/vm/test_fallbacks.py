@@ -33,8 +33,12 @@ def test_under_lockdown_nothing_of_an_unqueried_device_is_read(crashed_guest: Ma
 def test_under_lockdown_the_in_kernel_driver_gates(crashed_guest: MakeCrashedGuest) -> None:
     g = crashed_guest(devices=DEVICES, load="c", load_append="lockdown=integrity", after_load=shrink)
     g.sh("modprobe virtio_mem; sleep 1")
+    part = "dd-dynamic if=/proc/vmcore bs=1M skip=100 2>/dev/null | sha256sum"
+    inside = g.sh(f"oldmem run -q -- {part}", timeout=200)
+    assert extra(g) == 0
     output = g.sh("oldmem init; oldmem plug --json 2>/dev/null; true")
     assert "the in-kernel driver gates it" in output
+    assert g.sh(part, timeout=200) == inside
     g.sh("dd if=/proc/vmcore of=/dev/scratch bs=1M && sync", timeout=200)
     assert extra(g) == 0
     with g.paused():
@@ -57,6 +61,8 @@ def test_without_a_preloaded_header_the_vmcore_is_at_run_oldmem(crashed_guest: M
     append = "elfcorehdr=0xfffffffffffffffe iomem=relaxed"
     g = crashed_guest(devices=DEVICES, load="s", load_append=append, after_load=shrink)
     g.sh("test ! -e /proc/vmcore && modprobe qemu_fw_cfg")
+    inside = g.sh("oldmem run -q -- dd-dynamic if=/proc/vmcore bs=4 count=1 2>/dev/null | od -An -tx1")
+    assert inside.split() == ["7f", "45", "4c", "46"]
     assert "guarded vmcore at /run/oldmem/vmcore" in g.sh("oldmem init")
     g.sh("makedumpfile --dump-dmesg /run/oldmem/vmcore /tmp/dmesg && grep -q 'Trigger a crash' /tmp/dmesg")
     assert extra(g) == 0
