@@ -4,7 +4,7 @@
 # table, and current ones, which drop it.
 from setuptools import Extension, setup
 
-LIBRARY = ("preload", "compose", "window")
+LIBRARY = ("preload", "preload_stat", "preload_read", "compose", "window")
 GUARD = ("gate", "pageset", "guardfile", "sum64")
 
 # No module to import: the library that "oldmem run" puts into collectors. Built as one, it goes where the package goes.
@@ -12,7 +12,7 @@ preload = Extension(
     "capture._preload",
     sources=[f"capture/csrc/{name}.c" for name in LIBRARY] + [f"guard/csrc/{name}.c" for name in GUARD],
     include_dirs=["capture/csrc", "guard/csrc"],
-    depends=["capture/csrc/compose.h", "capture/csrc/plan.h", "capture/csrc/window.h"],
+    depends=[f"capture/csrc/{name}.h" for name in ("compose", "plan", "preload", "window")],
     extra_compile_args=["-O2", "-std=gnu11", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror"],
     extra_link_args=["-Wl,-z,defs", "-pthread"],
     libraries=["dl"],  # of its own before glibc 2.34

@@ -342,6 +342,8 @@ int64_t compose(struct composer *c, void **at, uint64_t offset, uint64_t n, int 
 	void *base;
 	int err;
 
+	if (!c->gate.rules)
+		return -EBADF;	/* without compose_ready() nothing is refused */
 	if (fixed & MAP_FIXED)
 		compose_forget(*at, n);
 	base = c->libc->mmap(*at, n, PROT_READ, ZERO_FLAGS | fixed, -1, 0);

@@ -46,6 +46,7 @@ def small_machine(tmp_path_factory: pytest.TempPathFactory) -> Recorded:
     kernel = RecordedKernel()
     kernel.shrink()
     size, runs = 32 * BLOCK, [[0, 16], [20, 4]]
+    kernel.plugged = [(first, count) for first, count in runs]
     kernel.document["virtio_mem"][0] |= {"region_size": size, "usable_region_size": size, "plugged": runs}
     kernel.document["virtio_mem"][0] |= {"plugged_size": 20 * BLOCK, "requested_size": 20 * BLOCK}
     ram: list[object] = [(DEVICE[0], DEVICE[0] + size - 1, "System RAM (virtio_mem)", RAM_TREE, [])]

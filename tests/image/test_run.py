@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import filecmp
 import json
 import os
 import signal
@@ -52,6 +53,8 @@ def test_every_way_of_reading_gives_the_bytes_of_the_saved_file(
         "sha256sum <{0}",
         "sha256sum {0}",  # stdio
         "cat {0} | sha256sum",
+        "cat <{0} | sha256sum",  # opened by one program, read by another
+        "exec 7<{0}; dd bs=1M status=none <&7 | sha256sum",
         "dd if={0} bs=1M status=none | sha256sum",
         "dd if={0} bs=4097 status=none | sha256sum",
         "cp --sparse=always {0} {1}; sha256sum <{1}",
@@ -72,6 +75,24 @@ def test_common_programs_copy_all_of_it(small_machine: Recorded, saved_small: Pa
         return
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.split()[0] == saved.split()[0]
+
+
+@pytest.mark.parametrize("opener", ["", "exec 7<{0}; "], ids=["opened by the reader", "opened by another program"])
+def test_refused_pages_with_something_in_them_are_zeros(small_machine: Recorded, tmp_path: Path, opener: str) -> None:
+    denied = [paddr for paddr in small_machine.pages if paddr >= DEVICE[0]]
+    assert len(denied) > 2
+    options: list[str | Path] = ["--layout", "kernel"]
+    for paddr in denied[::2]:
+        options += ["--deny", f"{paddr:x}-{paddr + 4095:x}"]
+    saved, vmcore, out = (tmp_path / name for name in ("saved", "vmcore", "out"))
+    assert oldmem("save", *options, "--machine", small_machine.folder, "-o", saved).status == 0
+    readers = [f"dd bs=64k status=none {'<&7' if opener else 'if={0}'}"]
+    readers.append(f"{sys.executable} {COLLECTOR.with_name('mapper.py')} {7 if opener else '{0}'}")
+    for reader in readers:
+        command = f"{opener}{reader} >{{1}}".format(vmcore, out)
+        done = run(small_machine.folder, "bash", "-c", command, options=(*options, "--vmcore", vmcore))
+        assert (done.returncode, done.stderr) == (0, ""), reader
+        assert filecmp.cmp(out, saved, shallow=False), reader
 
 
 def test_status_of_the_command_is_its_own(small_machine: Recorded, tmp_path: Path) -> None:
