@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Writes all of a file to standard output, out of one mapping: PATH, or the number of a descriptor that it was given."""
+"""Writes all of a file to standard output, out of one mapping: PATH, or the number of a descriptor that it has got."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ import pytest
 
 from capture.run import LIBRARY, PLAN_VARIABLE
 from tests.image.conftest import Recorded
-from tests.image.machines import DEVICE, RecordedKernel, oldmem, plugged_spans
+from tests.image.machines import DEVICE, RecordedKernel, oldmem, phdrs_of, plugged_spans
 
 COLLECTOR = Path(__file__).with_name("collector.py")
 MIB = 1 << 20
@@ -201,29 +201,34 @@ def test_image_cut_while_it_is_mapped_costs_what_was_cut_and_is_told(tmp_path: P
     assert len(different) * 4096 <= MIB
 
 
-def test_memory_in_very_many_pieces_is_read_where_it_cannot_be_mapped_at_once(
-    small_machine: Recorded, tmp_path: Path
-) -> None:
-    start = DEVICE[0]
+def test_memory_in_too_many_pieces_to_map_at_once_is_read(image_machine: Recorded, tmp_path: Path) -> None:
     denied = tmp_path / "denied"
-    pages = range(start, start + 30 * MIB, 8192)
-    denied.write_text("".join(f"{a:x}-{a + 4095:x}\n" for a in pages))
+    pages = [page for a, b in plugged_spans() for page in range(a, b, 2 * 4096)]
+    denied.write_text("".join(f"{page:x}-{page + 4095:x}\n" for page in pages))
+    assert len(pages) > 16384
     saved = tmp_path / "saved"
     options: tuple[str | Path, ...] = ("--layout", "kernel", "--deny", denied)
-    assert oldmem("save", *options, "--machine", small_machine.folder, "-o", saved).status == 0
+    assert oldmem("save", *options, "--machine", image_machine.folder, "-o", saved).status == 0
+    with open(saved, "rb") as file:
+        (device,) = [p for p in phdrs_of(file.read(1 << 16)) if p.paddr == DEVICE[0]]
     script = (
         "import errno, mmap, os, sys\n"
-        "ours, theirs = (os.open(p, os.O_RDONLY) for p in sys.argv[1:])\n"
-        "n = os.fstat(theirs).st_size\n"
-        "pieces = sum(1 for _ in open('/proc/self/maps'))\n"
-        "for at in range(0, n, 1 << 20):\n"
+        "ours, theirs = (os.open(p, os.O_RDONLY) for p in sys.argv[1:3])\n"
+        "start, size = map(int, sys.argv[3:])\n"
+        "try:\n"
+        "    mmap.mmap(ours, size, mmap.MAP_PRIVATE, mmap.PROT_READ, offset=start)\n"
+        "except OSError as e:\n"
+        "    assert e.errno == errno.ENOMEM, e\n"
+        "else:\n"
+        "    sys.exit('mapped')\n"
+        "for at in range(start, start + size, 1 << 20):\n"
         "    assert os.pread(ours, 1 << 20, at) == os.pread(theirs, 1 << 20, at), at\n"
-        "    whole = min(1 << 20, n - at)\n"
-        "    with mmap.mmap(ours, whole, mmap.MAP_PRIVATE, mmap.PROT_READ, offset=at) as m:\n"
-        "        assert m[:] == os.pread(theirs, whole, at), at\n"
-        "assert sum(1 for _ in open('/proc/self/maps')) - pieces < 2 * 16 * 1024 + 64\n"
+        "    with mmap.mmap(ours, 1 << 20, mmap.MAP_PRIVATE, mmap.PROT_READ, offset=at) as m:\n"
+        "        assert m[:] == os.pread(theirs, 1 << 20, at), at\n"
+        "assert sum(1 for _ in open('/proc/self/maps')) < 16 * 1024 * 2 + 1024\n"
     )
-    done = run(small_machine.folder, sys.executable, "-c", script, "/proc/vmcore", saved, options=options)
+    where = (str(device.offset), str(device.memsz))
+    done = run(image_machine.folder, sys.executable, "-c", script, "/proc/vmcore", saved, *where, options=options)
     assert (done.returncode, done.stderr) == (0, "")
 
 
@@ -264,6 +269,22 @@ def test_vmcore_whose_memory_lies_across_pages_of_the_file_is_refused_in_one_lin
     assert done.returncode == 1
     assert "is not at whole pages of the vmcore" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_image_that_does_not_hold_memory_at_whole_pages_is_refused_in_one_line(tmp_path: Path) -> None:
+    machine = RecordedKernel()
+    machine.shrink()
+    machine.finish_kernel()
+    machine.document["virtio_mem"][0]["offset"] = 512
+    folder = machine.write(tmp_path)
+    with open(folder / "vm0.raw", "ab") as file:
+        file.write(bytes(512))
+    done = run(folder, "true", options=("-q",))
+    assert done.returncode == 1
+    assert done.stderr == (
+        f"oldmem: {folder / 'vm0.raw'}: memory at {DEVICE[0]:#x} is at offset 0x200, not at a whole page: it cannot be "
+        "mapped; use oldmem mount or save\n"
+    )
 
 
 def test_library_and_plan_of_different_builds_do_not_go_together(small_machine: Recorded, tmp_path: Path) -> None:
