@@ -193,6 +193,7 @@ struct laying {
 	uint8_t *at;
 	enum compose_how how;
 	unsigned pieces;	/* left */
+	bool ended;		/* by what is no page's fault: no room for mappings, no way to the files any more */
 	int64_t fd_of;		/* which of the plan's process is open as fd; -1: none */
 	int fd;
 };
@@ -209,15 +210,19 @@ static int map_file(struct laying *l, int64_t fd, uint64_t file_offset, uint8_t 
 	if (l->fd_of != fd) {
 		int opened = compose_reopen(l->c, fd, O_RDONLY);
 
-		if (opened < 0)
-			return opened;
+		if (opened < 0) {
+			l->ended = true;
+			return opened == -ENOENT ? -EIO : opened;	/* "oldmem run" is gone: that is no file's absence */
+		}
 		let_go(l);
 		l->fd_of = fd;
 		l->fd = opened;
 	}
 	if (l->c->libc->mmap(to, n, PROT_READ, MAP_SHARED | MAP_FIXED | MAP_NORESERVE, l->fd, (off_t)file_offset) ==
-	    MAP_FAILED)
+	    MAP_FAILED) {
+		l->ended = errno == ENOMEM;
 		return -errno;
+	}
 	l->pieces--;
 	return 0;
 }
@@ -235,7 +240,7 @@ static int lay_ram(struct laying *l, uint64_t paddr, uint8_t *to, uint64_t *n)
 	while (done < *n) {
 		uint64_t i = segment_after(l->c, paddr + done), piece = *n - done;
 		const struct plan_segment *s = segments + i;
-		int err = -ENXIO;
+		int err;
 
 		if (i == l->c->plan->n_segments || s->paddr > paddr + done) {
 			if (i < l->c->plan->n_segments && s->paddr - (paddr + done) < piece)
@@ -253,7 +258,7 @@ static int lay_ram(struct laying *l, uint64_t paddr, uint8_t *to, uint64_t *n)
 		if (piece > most)
 			piece = most;
 		err = map_file(l, s->fd, s->offset + (paddr + done - s->paddr), to + done, piece);
-		if (err && l->how == COMPOSE_ALL)
+		if (err && (l->how == COMPOSE_ALL || l->ended))
 			return err;
 		if (err && piece > page) {
 			most = piece / 2 / page * page;

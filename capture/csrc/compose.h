@@ -38,7 +38,8 @@ int compose_reopen(const struct composer *c, int64_t fd, int flags);
 
 enum compose_how {
 	COMPOSE_ALL,	/* all of it or -errno: what cannot be mapped the caller may read */
-	COMPOSE_SOME	/* pages that cannot be mapped are zeros and in the tally; stops where `pieces` are used up */
+	COMPOSE_SOME	/* pages that cannot be mapped are zeros and in the tally; stops where `pieces` are used up.
+			   -ENOMEM where the process has no room for mappings, -EIO where "oldmem run" is gone */
 };
 
 /*

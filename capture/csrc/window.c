@@ -30,6 +30,20 @@ static void unmap(struct composer *c, const uint8_t *map, uint64_t n)
 	c->libc->munmap((void *)map, n);
 }
 
+static bool drop_idle(struct composer *c)
+{
+	bool dropped = false;
+
+	for (struct window *w = windows; w < windows + WINDOWS; w++) {
+		if (!w->end || w->readers)
+			continue;
+		unmap(c, w->map, w->end - w->start);
+		w->end = 0;
+		dropped = true;
+	}
+	return dropped;
+}
+
 /* Map a window that holds the offset, from `start` on if its pieces last, else from the offset on. 0 or -errno. */
 static int fill(struct composer *c, struct window *w, uint64_t start, uint64_t offset)
 {
@@ -40,6 +54,9 @@ static int fill(struct composer *c, struct window *w, uint64_t start, uint64_t o
 		void *map = NULL;
 		int64_t laid = compose(c, &map, start, end - start, 0, PIECES, COMPOSE_SOME);
 
+		/* the collector has many mappings of its own */
+		if (laid == -ENOMEM && drop_idle(c))
+			continue;
 		if (laid <= 0)
 			return laid ? (int)laid : -EIO;
 		if (start + (uint64_t)laid > offset) {

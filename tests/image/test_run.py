@@ -240,16 +240,53 @@ def test_collector_whose_oldmem_was_killed_fails_and_gets_no_zeros(small_machine
         "os.kill(os.getppid(), signal.SIGKILL)\n"
         "time.sleep(1)\n"
         "assert os.pread(early, 64, 0) == head\n"  # what is mapped stays
-        "try:\n"
-        "    os.open('/proc/vmcore', os.O_RDONLY)\n"
-        "except OSError as e:\n"
-        "    print('late:', e.strerror, flush=True)\n"
+        "for late in (lambda: os.pread(early, 64, os.fstat(early).st_size - 64), lambda: os.open('/proc/vmcore', 0)):\n"
+        "    try:\n"
+        "        print(late())\n"
+        "    except OSError as e:\n"
+        "        print('late:', e.strerror, flush=True)\n"
         "os.execvp('cat', ['cat', '/proc/vmcore'])\n"
     )
     done = run(small_machine.folder, sys.executable, "-c", script, options=("--layout", "kernel"))
     assert done.returncode == -signal.SIGKILL
-    assert done.stdout == "late: No such file or directory\n"
+    assert done.stdout == "late: Input/output error\nlate: No such file or directory\n"
     assert "oldmem run: /proc/" in done.stderr
+
+
+def test_collector_without_room_for_more_mappings_gets_an_error_and_no_zeros(
+    small_machine: Recorded, saved_small: Path
+) -> None:
+    script = (
+        "import errno, mmap, os, sys\n"
+        "ours, theirs = (os.open(p, os.O_RDONLY) for p in sys.argv[1:])\n"
+        "assert os.pread(ours, 64, 0) == os.pread(theirs, 64, 0)\n"
+        "size, held = os.fstat(theirs).st_size, [None] * 70000\n"
+        "a, b = bytearray(1 << 20), bytearray(1 << 20)\n"
+        "def compare():\n"
+        "    for at in range(0, size, 1 << 20):\n"
+        "        assert os.preadv(ours, [a], at) == os.preadv(theirs, [b], at) and a == b, at\n"
+        "flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS\n"
+        "for i in range(len(held)):\n"
+        "    prot = mmap.PROT_READ | i % 2 * mmap.PROT_WRITE\n"  # so that neighbours are not merged
+        "    try:\n"
+        "        held[i] = mmap.mmap(-1, 4096, flags, prot)\n"
+        "    except (OSError, MemoryError):\n"
+        "        break\n"
+        "assert i < 69999\n"
+        "for room in (0, 1, 2, 4, 100):\n"
+        "    held[i - room : i] = [None] * room\n"
+        "    try:\n"
+        "        compare()\n"
+        "        print('same')\n"
+        "    except OSError as e:\n"
+        "        print(errno.errorcode[e.errno])\n"
+    )
+    options = ("--layout", "kernel")
+    done = run(small_machine.folder, sys.executable, "-c", script, "/proc/vmcore", saved_small, options=options)
+    assert (done.returncode, done.stderr) == (0, "")
+    told = done.stdout.split()
+    assert set(told) <= {"same", "ENOMEM"}
+    assert told[-1] == "same"
 
 
 def test_vmcore_whose_memory_lies_across_pages_of_the_file_is_refused_in_one_line(small_machine: Recorded) -> None:
