@@ -287,7 +287,7 @@ def test_any_exception_at_any_step_gives_the_function_back(
 def test_signal_while_waiting_ends_the_wait_and_is_delivered_after_the_cleanup(tmp_path: Path) -> None:
     device = FakeDevice(tmp_path, PLUGGED)
     device.reply = lambda first, count: NEVER
-    device.on_kick = lambda kick: os.kill(os.getpid(), signal.SIGTERM)
+    device.on_kick = lambda kick: signal.raise_signal(signal.SIGTERM)
     seen: list[list[str]] = []
     old = signal.signal(signal.SIGTERM, lambda *_: seen.append(list(device.log)))
     try:
@@ -303,7 +303,7 @@ def test_signal_while_waiting_ends_the_wait_and_is_delivered_after_the_cleanup(t
 def test_ctrl_c_while_waiting_is_a_keyboard_interrupt_after_the_cleanup(tmp_path: Path) -> None:
     device = FakeDevice(tmp_path, PLUGGED)
     device.reply = lambda first, count: NEVER
-    device.on_kick = lambda kick: os.kill(os.getpid(), signal.SIGINT)
+    device.on_kick = lambda kick: signal.raise_signal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
         run(device)
     assert_given_back(device)
