@@ -15,7 +15,7 @@
 
 #include "guardfile.h"
 
-enum { MAPPED = 1024, ZERO_FLAGS = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE };
+enum { MAPPED = 1024, KEPT = 4, HIGH_FD = 256, ZERO_FLAGS = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE };
 
 /* A range that compose() made. The signal handler reads these: end is written last, and 0 while the rest changes. */
 struct mapped {
@@ -24,8 +24,22 @@ struct mapped {
 };
 
 static struct mapped mapped[MAPPED];
+static _Atomic int n_mapped;	/* places from here on have never been used */
 static pthread_mutex_t mapped_lock = PTHREAD_MUTEX_INITIALIZER;
 static const struct composer *handler_composer;
+
+/*
+ * Files of the plan's process, open: to open one by way of /proc costs as much as to map a megabyte. A collector may
+ * close what it never opened (closefrom(3)), and the number may be another file's then: each use asks.
+ */
+static struct kept {
+	int64_t of;	/* descriptor in the plan's process */
+	int fd;
+	dev_t dev;
+	ino_t ino;
+	bool there;
+} kept[KEPT];
+static pthread_mutex_t kept_lock = PTHREAD_MUTEX_INITIALIZER;
 static struct sigaction earlier;
 
 static const void *part(const struct composer *c, uint64_t offset)
@@ -114,7 +128,7 @@ static void on_sigbus(int sig, siginfo_t *info, void *context)
 	uintptr_t at = (uintptr_t)info->si_addr & ~(uintptr_t)(page_size(c) - 1);
 	int saved = errno;
 
-	for (int i = 0; i < MAPPED; i++) {
+	for (int i = 0; i < n_mapped; i++) {
 		uintptr_t end = atomic_load_explicit(&mapped[i].end, memory_order_acquire);
 		uintptr_t start = atomic_load_explicit(&mapped[i].start, memory_order_relaxed);
 		uint64_t offset = mapped[i].offset, e;
@@ -163,6 +177,8 @@ static void remember(uintptr_t start, uintptr_t end, uint64_t offset)
 		mapped[i].start = start;
 		mapped[i].offset = offset;
 		atomic_store_explicit(&mapped[i].end, end, memory_order_release);
+		if (i >= n_mapped)
+			n_mapped = i + 1;
 		return;
 	}
 }
@@ -172,7 +188,7 @@ void compose_forget(const void *at, size_t n)
 	uintptr_t from = (uintptr_t)at, to = from + n;
 
 	pthread_mutex_lock(&mapped_lock);
-	for (int i = 0; i < MAPPED; i++) {
+	for (int i = 0, n = n_mapped; i < n; i++) {
 		uintptr_t start = mapped[i].start, end = mapped[i].end;
 		uint64_t offset = mapped[i].offset;
 
@@ -194,35 +210,72 @@ struct laying {
 	enum compose_how how;
 	unsigned pieces;	/* left */
 	bool ended;		/* by what is no page's fault: no room for mappings, no way to the files any more */
-	int64_t fd_of;		/* which of the plan's process is open as fd; -1: none */
-	int fd;
 };
 
-static void let_go(struct laying *l)
+static bool still_there(const struct composer *c, const struct kept *k)
 {
-	if (l->fd_of >= 0)
-		l->c->libc->close(l->fd);
-	l->fd_of = -1;
+	struct stat st;
+
+	return k->there && !c->libc->fstat(k->fd, &st) && st.st_dev == k->dev && st.st_ino == k->ino;
+}
+
+/* The file that is `of` in the plan's process; the caller has kept_lock, and holds it while it uses the descriptor. */
+static int kept_file(const struct composer *c, int64_t of)
+{
+	struct kept *k = kept;
+	struct stat st;
+	int fd, high;
+
+	for (int i = 0; i < KEPT; i++) {
+		if (kept[i].of == of && still_there(c, kept + i))
+			return kept[i].fd;
+		if (!kept[i].there || kept[i].of == of)
+			k = kept + i;
+	}
+	if (k->of != of && still_there(c, k))
+		c->libc->close(k->fd);
+	k->there = false;
+	fd = compose_reopen(c, of, O_RDONLY);
+	if (fd < 0)
+		return fd;
+	/* out of the way of programs that count on the lowest number */
+	high = fcntl(fd, F_DUPFD_CLOEXEC, HIGH_FD);
+	if (high >= 0) {
+		c->libc->close(fd);
+		fd = high;
+	}
+	if (c->libc->fstat(fd, &st)) {
+		c->libc->close(fd);
+		return -EIO;
+	}
+	*k = (struct kept){ of, fd, st.st_dev, st.st_ino, true };
+	return fd;
+}
+
+/* As mmap(2) of a file of the plan's process. */
+static void *map_at(struct laying *l, void *at, uint64_t n, int fixed, int64_t of, uint64_t offset)
+{
+	void *map = MAP_FAILED;
+	int fd;
+
+	pthread_mutex_lock(&kept_lock);
+	fd = kept_file(l->c, of);
+	if (fd >= 0)
+		map = l->c->libc->mmap(at, n, PROT_READ, MAP_SHARED | MAP_NORESERVE | fixed, fd, (off_t)offset);
+	else
+		errno = fd == -ENOENT ? EIO : -fd;	/* "oldmem run" is gone: that is no file's absence */
+	pthread_mutex_unlock(&kept_lock);
+	if (map == MAP_FAILED)
+		l->ended = fd < 0 || errno == ENOMEM;
+	return map;
 }
 
 static int map_file(struct laying *l, int64_t fd, uint64_t file_offset, uint8_t *to, uint64_t n)
 {
-	if (l->fd_of != fd) {
-		int opened = compose_reopen(l->c, fd, O_RDONLY);
+	void *map = map_at(l, to, n, MAP_FIXED, fd, file_offset);
 
-		if (opened < 0) {
-			l->ended = true;
-			return opened == -ENOENT ? -EIO : opened;	/* "oldmem run" is gone: that is no file's absence */
-		}
-		let_go(l);
-		l->fd_of = fd;
-		l->fd = opened;
-	}
-	if (l->c->libc->mmap(to, n, PROT_READ, MAP_SHARED | MAP_FIXED | MAP_NORESERVE, l->fd, (off_t)file_offset) ==
-	    MAP_FAILED) {
-		l->ended = errno == ENOMEM;
+	if (map == MAP_FAILED)
 		return -errno;
-	}
 	l->pieces--;
 	return 0;
 }
@@ -339,10 +392,48 @@ static int lay(struct laying *l, uint64_t offset, uint64_t *n)
 	return 0;
 }
 
+/*
+ * The common case, all of [offset, offset + n) in one piece of one file, needs no zero pages below it. False where it is
+ * not that case, or did not work: then it is done piece by piece.
+ */
+static bool lay_whole(struct laying *l, void **at, uint64_t offset, uint64_t n, int fixed)
+{
+	const struct plan *plan = l->c->plan;
+	const struct view_extent *e = (const struct view_extent *)part(l->c, plan->extents) + extent_after(l->c, offset);
+	const struct plan_segment *s = part(l->c, plan->segments);
+	uint64_t paddr, first, end;
+	int refuser;
+	void *map;
+
+	if (extent_after(l->c, offset) == plan->n_extents || offset < e->offset || n > e->size - (offset - e->offset))
+		return false;
+	paddr = e->paddr + (offset - e->offset);
+	first = paddr >> plan->page_shift;
+	end = (paddr + n) >> plan->page_shift;
+	s += segment_after(l->c, paddr);
+	if (segment_after(l->c, paddr) == plan->n_segments || s->paddr > paddr || n > s->size - (paddr - s->paddr) ||
+	    gate_run(&l->c->gate, first, end, &refuser) < end || refuser >= 0)
+		return false;
+	map = map_at(l, *at, n, fixed, s->fd, s->offset + (paddr - s->paddr));
+	l->ended = false;
+	if (map == MAP_FAILED)
+		return false;
+	count(&l->c->tally->pages_shown, end - first);
+	*at = map;
+	return true;
+}
+
+static void remember_locked(const void *at, uint64_t n, uint64_t offset)
+{
+	pthread_mutex_lock(&mapped_lock);
+	remember((uintptr_t)at, (uintptr_t)at + n, offset);
+	pthread_mutex_unlock(&mapped_lock);
+}
+
 int64_t compose(struct composer *c, void **at, uint64_t offset, uint64_t n, int fixed, unsigned pieces,
 		enum compose_how how)
 {
-	struct laying l = { .c = c, .how = how, .pieces = pieces, .fd_of = -1 };
+	struct laying l = { .c = c, .how = how, .pieces = pieces };
 	uint64_t laid = n;
 	void *base;
 	int err;
@@ -351,12 +442,15 @@ int64_t compose(struct composer *c, void **at, uint64_t offset, uint64_t n, int 
 		return -EBADF;	/* without compose_ready() nothing is refused */
 	if (fixed & MAP_FIXED)
 		compose_forget(*at, n);
+	if (lay_whole(&l, at, offset, n, fixed)) {
+		remember_locked(*at, n, offset);
+		return (int64_t)n;
+	}
 	base = c->libc->mmap(*at, n, PROT_READ, ZERO_FLAGS | fixed, -1, 0);
 	if (base == MAP_FAILED)
 		return -errno;
 	l.at = base;
 	err = lay(&l, offset, &laid);
-	let_go(&l);
 	if (!err && laid < n && how == COMPOSE_ALL)
 		err = -ENOMEM;
 	if (err)
@@ -365,9 +459,7 @@ int64_t compose(struct composer *c, void **at, uint64_t offset, uint64_t n, int 
 		c->libc->munmap((uint8_t *)base + laid, n - laid);
 	if (err)
 		return err;
-	pthread_mutex_lock(&mapped_lock);
-	remember((uintptr_t)base, (uintptr_t)base + laid, offset);
-	pthread_mutex_unlock(&mapped_lock);
+	remember_locked(base, laid, offset);
 	*at = base;
 	return (int64_t)laid;
 }

@@ -7,6 +7,7 @@
 #ifndef OLDMEM_COMPOSE_H
 #define OLDMEM_COMPOSE_H
 
+#include <sys/stat.h>
 #include <sys/types.h>
 
 #include "plan.h"
@@ -17,6 +18,7 @@ struct libc {
 	int (*close)(int fd);
 	void *(*mmap)(void *at, size_t n, int prot, int flags, int fd, off_t offset);
 	int (*munmap)(void *at, size_t n);
+	int (*fstat)(int fd, struct stat *st);
 };
 
 struct composer {

@@ -54,7 +54,7 @@ static void start(void)
 
 	if (!path || preload.active)
 		return;
-	libc = (struct libc){ NEXT(open), NEXT(close), NEXT(mmap), NEXT(munmap) };
+	libc = (struct libc){ NEXT(open), NEXT(close), NEXT(mmap), NEXT(munmap), NEXT(fstat) };
 	if (compose_open(&preload.composer, &libc, path, why, sizeof(why))) {
 		/* which file is to be guarded is not known: nothing may be read */
 		give_up(why);

@@ -18,7 +18,7 @@
 
 enum { THREADS = 6, ROUNDS = 400, PAGE = 4096 };
 
-static const struct libc libc = { open, close, mmap, munmap };
+static const struct libc libc = { open, close, mmap, munmap, fstat };
 static struct composer composer;
 static const uint8_t *expected;
 static uint64_t size;

@@ -253,6 +253,28 @@ def test_collector_whose_oldmem_was_killed_fails_and_gets_no_zeros(small_machine
     assert "oldmem run: /proc/" in done.stderr
 
 
+def test_collector_that_closes_what_it_never_opened_gets_no_other_files_bytes(
+    small_machine: Recorded, saved_small: Path
+) -> None:
+    script = (
+        "import mmap, os, sys\n"
+        "first = os.open(sys.argv[1], os.O_RDONLY)\n"
+        "os.pread(first, 64, 0)\n"
+        "os.closerange(3, 4096)\n"
+        "taken = [os.open('/dev/zero', os.O_RDONLY) for _ in range(600)]\n"
+        "ours, theirs = (os.open(p, os.O_RDONLY) for p in sys.argv[1:])\n"
+        "for at in range(0, os.fstat(theirs).st_size, 1 << 20):\n"
+        "    there = os.pread(theirs, 1 << 20, at)\n"
+        "    assert os.pread(ours, 1 << 20, at) == there, at\n"
+        "    with mmap.mmap(ours, len(there), mmap.MAP_PRIVATE, mmap.PROT_READ, offset=at) as m:\n"
+        "        assert m[:] == there, at\n"
+        "assert all(os.read(fd, 1) == bytes(1) for fd in taken)\n"  # none of them was closed
+    )
+    options = ("--layout", "kernel")
+    done = run(small_machine.folder, sys.executable, "-c", script, "/proc/vmcore", saved_small, options=options)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_collector_without_room_for_more_mappings_gets_an_error_and_no_zeros(
     small_machine: Recorded, saved_small: Path
 ) -> None:
