@@ -36,7 +36,7 @@ NOT_EXECUTABLE, NOT_FOUND = 126, 127  # as env(1), nice(1) and timeout(1) end
 # include/uapi/linux: sched.h, mount.h, memfd.h, elf.h
 CLONE_NEWNS = 0x00020000
 MS_REC, MS_SLAVE = 16384, 1 << 19
-MFD_CLOEXEC, MFD_ALLOW_SEALING, MFD_NOEXEC_SEAL = 1, 2, 8
+MFD_NOEXEC_SEAL = 8
 EI_CLASS, EI_DATA, ELFCLASS64, ELFDATA2MSB, PT_INTERP = 4, 5, 2, 2, 3
 
 FORWARDED = (signal.SIGTERM, signal.SIGHUP)
@@ -53,7 +53,7 @@ class CommandError(Error):
 def _memfd(name: str) -> int:
     for flags in (MFD_NOEXEC_SEAL, 0):  # since 6.3, where vm.memfd_noexec may insist on it
         try:
-            return os.memfd_create(name, flags | MFD_CLOEXEC | MFD_ALLOW_SEALING)
+            return os.memfd_create(name, flags | os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         except OSError as e:
             if e.errno != errno.EINVAL or not flags:
                 raise Error(f"no memory files, which the collector's library needs: {e.strerror}") from None

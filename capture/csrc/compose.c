@@ -399,19 +399,21 @@ static int lay(struct laying *l, uint64_t offset, uint64_t *n)
 static bool lay_whole(struct laying *l, void **at, uint64_t offset, uint64_t n, int fixed)
 {
 	const struct plan *plan = l->c->plan;
-	const struct view_extent *e = (const struct view_extent *)part(l->c, plan->extents) + extent_after(l->c, offset);
+	const struct view_extent *e = part(l->c, plan->extents);
 	const struct plan_segment *s = part(l->c, plan->segments);
-	uint64_t paddr, first, end;
+	uint64_t i = extent_after(l->c, offset), paddr, first, end;
 	int refuser;
 	void *map;
 
-	if (extent_after(l->c, offset) == plan->n_extents || offset < e->offset || n > e->size - (offset - e->offset))
+	e += i;
+	if (i == plan->n_extents || offset < e->offset || n > e->size - (offset - e->offset))
 		return false;
 	paddr = e->paddr + (offset - e->offset);
 	first = paddr >> plan->page_shift;
 	end = (paddr + n) >> plan->page_shift;
-	s += segment_after(l->c, paddr);
-	if (segment_after(l->c, paddr) == plan->n_segments || s->paddr > paddr || n > s->size - (paddr - s->paddr) ||
+	i = segment_after(l->c, paddr);
+	s += i;
+	if (i == plan->n_segments || s->paddr > paddr || n > s->size - (paddr - s->paddr) ||
 	    gate_run(&l->c->gate, first, end, &refuser) < end || refuser >= 0)
 		return false;
 	map = map_at(l, *at, n, fixed, s->fd, s->offset + (paddr - s->paddr));

@@ -18,7 +18,7 @@ from guard.witness.memory import Problems
 from guard.witness.pagewalk import PageWalk, x86_64
 from guard.witness.sections import Sections
 from guard.witness.vmcoreinfo import Vmcoreinfo
-from tests.unit.witness_memory import OFFLINE_PAGE, POISONED_PAGE, VMEMMAP, DyingKernel
+from tests.unit.witness_memory import OFFLINE_PAGE, POISONED_PAGE, STRUCT_PAGE_KEYS, VMEMMAP, DyingKernel
 
 MiB, GiB = 1 << 20, 1 << 30
 PAGE, STRUCT_PAGE = 4096, 64
@@ -26,15 +26,7 @@ RAM = 8 * GiB
 MEMMAP = RAM // PAGE * STRUCT_PAGE
 PIECE = 1 << 18
 ROUNDS = 15
-LAYOUT = {
-    "SIZE(page)": "64",
-    "OFFSET(page.flags)": "0",
-    "OFFSET(page.compound_head)": "8",
-    "OFFSET(page._mapcount)": "48",
-    "NUMBER(PG_hwpoison)": "20",
-    "NUMBER(PAGE_OFFLINE_MAPCOUNT_VALUE)": "-251658240",
-    "SYMBOL(vmemmap)": f"{VMEMMAP:x}",
-}
+LAYOUT = STRUCT_PAGE_KEYS | {"SYMBOL(vmemmap)": f"{VMEMMAP:x}"}
 
 
 def memmap() -> bytes:

@@ -18,26 +18,18 @@ from guard.witness.memory import Problems
 from guard.witness.pagewalk import x86_64
 from guard.witness.sections import Sections, read_sections
 from guard.witness.vmcoreinfo import Vmcoreinfo
-from tests.unit.witness_memory import OFFLINE_PAGE, POISONED_PAGE, VMEMMAP, DyingKernel
+from tests.unit.witness_memory import OFFLINE_PAGE, POISONED_PAGE, STRUCT_PAGE_KEYS, VMEMMAP, DyingKernel
 
 PAGE = 4096
 SECTION = 1 << 27
 ONLINE = 7
-KEYS = {
-    "SIZE(page)": "64",
-    "OFFSET(page.flags)": "0",
-    "OFFSET(page.compound_head)": "8",
-    "OFFSET(page._mapcount)": "48",
-    "NUMBER(PG_hwpoison)": "20",
-    "NUMBER(PAGE_OFFLINE_MAPCOUNT_VALUE)": "-251658240",
-}
 
 
 def info_of(**changes: str | None) -> Vmcoreinfo:
-    """VMCOREINFO with KEYS, changed by name without the parts that no Python name can have."""
-    keys = dict(KEYS.items())
+    """VMCOREINFO with STRUCT_PAGE_KEYS, changed by name without the parts that no Python name can have."""
+    keys = dict(STRUCT_PAGE_KEYS.items())
     for name, value in changes.items():
-        full = next(key for key in [*KEYS, "OFFSET(page.compound_info)"] if name in key)
+        full = next(key for key in [*STRUCT_PAGE_KEYS, "OFFSET(page.compound_info)"] if name in key)
         if value is None:
             del keys[full]
         else:

@@ -15,6 +15,15 @@ VMEMMAP = 0xFFFFEA0000000000
 POISONED_PAGE = struct.pack("<Q", 1 << 20) + bytes(56)
 OFFLINE_PAGE = bytes(48) + struct.pack("<I", 0xF1000000) + bytes(12)
 """Struct pages with PG_hwpoison and with the type PageOffline, as memmap() lays them out."""
+STRUCT_PAGE_KEYS = {
+    "SIZE(page)": "64",
+    "OFFSET(page.flags)": "0",
+    "OFFSET(page.compound_head)": "8",
+    "OFFSET(page._mapcount)": "48",
+    "NUMBER(PG_hwpoison)": "20",
+    "NUMBER(PAGE_OFFLINE_MAPCOUNT_VALUE)": "-251658240",
+}
+"""The layout of these in VMCOREINFO, by name."""
 IMAGE_SIZE = 1 << 30
 PAGE = 4096
 
