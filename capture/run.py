@@ -105,7 +105,7 @@ class Plan:
             c.offset, c.size, c.paddr = e
             behind = e.offset + e.size
         to_map = dump.machine.to_map(dump.memory.segments)
-        segments = ffi.new("struct plan_segment[]", len(to_map))
+        segments = ffi.new("struct physmem_segment[]", len(to_map))
         for c, s in zip(segments, to_map, strict=True):
             if s.offset % page_size:
                 raise Error(

@@ -13,6 +13,7 @@
 #include <sys/mman.h>
 #include <sys/stat.h>
 
+#include "after.h"
 #include "guardfile.h"
 
 enum { MAPPED = 1024, KEPT = 4, HIGH_FD = 256, ZERO_FLAGS = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE };
@@ -72,38 +73,14 @@ static void log_fault(const struct composer *c, uint64_t paddr, uint64_t n, int 
 		faults[i] = fault;
 }
 
-/* The first extent that ends behind the offset; n_extents if there is none. */
-static uint64_t extent_after(const struct composer *c, uint64_t offset)
+static uint64_t extent_at(const struct composer *c, uint64_t offset)
 {
-	const struct view_extent *extents = part(c, c->plan->extents);
-	uint64_t low = 0, high = c->plan->n_extents;
-
-	while (low < high) {
-		uint64_t mid = low + (high - low) / 2;
-
-		if (extents[mid].offset + extents[mid].size > offset)
-			high = mid;
-		else
-			low = mid + 1;
-	}
-	return low;
+	return extent_after(part(c, c->plan->extents), c->plan->n_extents, offset);
 }
 
-/* The first segment that ends behind paddr; n_segments if there is none. */
-static uint64_t segment_after(const struct composer *c, uint64_t paddr)
+static uint64_t segment_at(const struct composer *c, uint64_t paddr)
 {
-	const struct plan_segment *segments = part(c, c->plan->segments);
-	uint64_t low = 0, high = c->plan->n_segments;
-
-	while (low < high) {
-		uint64_t mid = low + (high - low) / 2;
-
-		if (segments[mid].paddr + (segments[mid].size - 1) >= paddr)
-			high = mid;
-		else
-			low = mid + 1;
-	}
-	return low;
+	return segment_after(part(c, c->plan->segments), c->plan->n_segments, paddr);
 }
 
 int compose_reopen(const struct composer *c, int64_t fd, int flags)
@@ -138,7 +115,7 @@ static void on_sigbus(int sig, siginfo_t *info, void *context)
 		if (c->libc->mmap((void *)at, page_size(c), PROT_READ, ZERO_FLAGS | MAP_FIXED, -1, 0) == MAP_FAILED)
 			break;
 		offset += at - start;
-		e = extent_after(c, offset);
+		e = extent_at(c, offset);
 		if (e < c->plan->n_extents) {
 			const struct view_extent *extent = (const struct view_extent *)part(c, c->plan->extents) + e;
 
@@ -286,13 +263,13 @@ static int map_file(struct laying *l, int64_t fd, uint64_t file_offset, uint8_t 
  */
 static int lay_ram(struct laying *l, uint64_t paddr, uint8_t *to, uint64_t *n)
 {
-	const struct plan_segment *segments = part(l->c, l->c->plan->segments);
+	const struct physmem_segment *segments = part(l->c, l->c->plan->segments);
 	const uint64_t page = page_size(l->c);
 	uint64_t done = 0, most = *n;
 
 	while (done < *n) {
-		uint64_t i = segment_after(l->c, paddr + done), piece = *n - done;
-		const struct plan_segment *s = segments + i;
+		uint64_t i = segment_at(l->c, paddr + done), piece = *n - done;
+		const struct physmem_segment *s = segments + i;
 		int err;
 
 		if (i == l->c->plan->n_segments || s->paddr > paddr + done) {
@@ -372,7 +349,7 @@ static int lay(struct laying *l, uint64_t offset, uint64_t *n)
 			return err;
 		offset += piece;
 	}
-	for (uint64_t i = extent_after(l->c, offset); i < plan->n_extents && extents[i].offset < end; i++) {
+	for (uint64_t i = extent_at(l->c, offset); i < plan->n_extents && extents[i].offset < end; i++) {
 		const struct view_extent *e = extents + i;
 		uint64_t piece, wanted;
 		int err;
@@ -400,8 +377,8 @@ static bool lay_whole(struct laying *l, void **at, uint64_t offset, uint64_t n, 
 {
 	const struct plan *plan = l->c->plan;
 	const struct view_extent *e = part(l->c, plan->extents);
-	const struct plan_segment *s = part(l->c, plan->segments);
-	uint64_t i = extent_after(l->c, offset), paddr, first, end;
+	const struct physmem_segment *s = part(l->c, plan->segments);
+	uint64_t i = extent_at(l->c, offset), paddr, first, end;
 	int refuser;
 	void *map;
 
@@ -411,7 +388,7 @@ static bool lay_whole(struct laying *l, void **at, uint64_t offset, uint64_t n, 
 	paddr = e->paddr + (offset - e->offset);
 	first = paddr >> plan->page_shift;
 	end = (paddr + n) >> plan->page_shift;
-	i = segment_after(l->c, paddr);
+	i = segment_at(l->c, paddr);
 	s += i;
 	if (i == plan->n_segments || s->paddr > paddr || n > s->size - (paddr - s->paddr) ||
 	    gate_run(&l->c->gate, first, end, &refuser) < end || refuser >= 0)

@@ -13,11 +13,6 @@
 
 enum { PLAN_NAME = 4096, PLAN_RULES = GUARDFILE_MAX_RULES, PLAN_FAULTS = 4096 };
 
-struct plan_segment {
-	uint64_t paddr, size, offset;	/* as struct physmem_segment: bytes, whole pages */
-	int64_t fd;			/* of process `pid` */
-};
-
 struct plan {
 	uint64_t layout;		/* sizeof(struct plan), as the writer knows it */
 	uint64_t plan_size;		/* bytes of this file */
@@ -29,7 +24,7 @@ struct plan {
 	uint64_t size;			/* of the vmcore, bytes */
 	uint64_t head, head_size;	/* offsets are from the start of this file; head is at a whole page */
 	uint64_t extents, n_extents;	/* struct view_extent, whole pages */
-	uint64_t segments, n_segments;	/* struct plan_segment, ascending and disjoint */
+	uint64_t segments, n_segments;	/* struct physmem_segment, ascending and disjoint; fd is of process `pid` */
 	uint64_t guard, guard_size;	/* a compiled guard */
 	char name[PLAN_NAME];		/* absolute path that programs open as vmcore */
 };

@@ -11,6 +11,8 @@
 #include <ucontext.h>
 #include <unistd.h>
 
+#include "after.h"
+
 enum { WORTH_ASKING = 1 << 16 };	/* bytes; below that a read costs no more than the question */
 
 /*
@@ -171,20 +173,10 @@ static int copy_piece(struct physmem *m, const struct physmem_segment *s, uint64
 /* The segment that holds paddr, or NULL; *left bytes from paddr on have the same answer. */
 static const struct physmem_segment *segment_at(const struct physmem *m, uint64_t paddr, uint64_t *left)
 {
-	size_t low = 0, high = m->n;
-	const struct physmem_segment *s;
+	size_t i = segment_after(m->segments, m->n, paddr);
+	const struct physmem_segment *s = &m->segments[i];
 
-	while (low < high) {
-		size_t mid = low + (high - low) / 2;
-
-		s = &m->segments[mid];
-		if (s->paddr > paddr || paddr - s->paddr < s->size)
-			high = mid;
-		else
-			low = mid + 1;
-	}
-	s = &m->segments[low];
-	if (low == m->n) {
+	if (i == m->n) {
 		*left = UINT64_MAX;
 		return NULL;
 	}

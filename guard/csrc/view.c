@@ -1,22 +1,9 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 #include "view.h"
 
+#include "after.h"
+
 #include <string.h>
-
-static size_t extent_after(const struct view *v, uint64_t offset)
-{
-	size_t low = 0, high = v->n;
-
-	while (low < high) {
-		size_t mid = low + (high - low) / 2;
-
-		if (v->extents[mid].offset + v->extents[mid].size > offset)
-			high = mid;
-		else
-			low = mid + 1;
-	}
-	return low;
-}
 
 size_t view_read(const struct view *v, uint64_t offset, void *buf, size_t n)
 {
@@ -36,7 +23,7 @@ size_t view_read(const struct view *v, uint64_t offset, void *buf, size_t n)
 		offset += piece;
 		left -= piece;
 	}
-	for (i = extent_after(v, offset); left; i++) {
+	for (i = extent_after(v->extents, v->n, offset); left; i++) {
 		uint64_t start = i < v->n ? v->extents[i].offset : v->size;
 		size_t piece;
 
