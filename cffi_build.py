@@ -22,6 +22,7 @@ HEADERS = [
     "guard/csrc/xen.h",
     "guard/csrc/btf.h",
     "capture/csrc/fuse.h",
+    "capture/csrc/kexec.h",
     PLAN,
 ]
 SOURCES = [name[:-1] + "c" for name in HEADERS if name not in (LIBC, PLAN)]

@@ -18,6 +18,13 @@ if TYPE_CHECKING:
     from guard.witness.dead_kernel import DeadKernel
 
 
+class Note(NamedTuple):
+    """ELF notes, and the physical address where old memory has the same bytes; None if it has not."""
+
+    data: bytes
+    paddr: int | None = None
+
+
 class Shape(NamedTuple):
     """What a header says beyond which memory there is. *machine* is e_machine, *page_offset* the virtual address of
     physical 0, *align* the p_align of PT_LOADs and *note_align* that of the merged PT_NOTE."""
@@ -26,9 +33,12 @@ class Shape(NamedTuple):
     byteorder: str
     text: Load | None
     page_offset: int
-    notes: bytes
+    notes: tuple[Note, ...]
     align: int
     note_align: int
+
+    def merged_notes(self) -> bytes:
+        return b"".join(note.data for note in self.notes)
 
     def load(self, r: Range) -> Load:
         return Load(r.start, (self.page_offset + r.start) % (1 << 64), r.size, self.align)

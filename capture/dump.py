@@ -148,7 +148,7 @@ class Dump:
         align = self.machine.phdr_note_align
         note_align = shape.note_align if align is None else align
         page_size = self.machine.page_size
-        return elfcore.build(shape.machine, shape.notes, loads, note_align, page_size, shape.byteorder)
+        return elfcore.build(shape.machine, shape.merged_notes(), loads, note_align, page_size, shape.byteorder)
 
     def _preloaded(self) -> Core:
         data = self.machine.core_header_bytes()

@@ -12,7 +12,7 @@ import struct
 from typing import TYPE_CHECKING
 
 from capture import s390x_capture
-from capture.arch import Arch, Shape
+from capture.arch import Arch, Note, Shape
 from capture.elfcore import Load
 from capture.memory_map import Device
 from capture.s390x_capture import CaptureKernel
@@ -102,7 +102,7 @@ class S390x(Arch):
             notes += cpu_notes(cpu, number)
         if self.info:
             notes.append(note(0, b"VMCOREINFO", self.info.desc))
-        return Shape(EM_S390, ">", text, page_offset, b"".join(notes), PAGE, generation.note_align)
+        return Shape(EM_S390, ">", text, page_offset, (Note(b"".join(notes)),), PAGE, generation.note_align)
 
     def kernel_ranges(self, dump: Dump) -> list[Range] | None:
         """All memory but the crash region, then the memory of virtio-mem devices in the order of their probing."""

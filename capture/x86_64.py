@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from capture import memory_map, x86_platform
-from capture.arch import Arch, Shape
+from capture.arch import Arch, Note, Shape
 from capture.elfcore import Load
 from capture.sources import report
 from guard import procvmcore
@@ -185,12 +185,12 @@ class X86_64(Arch):
 
     def shape(self, dump: Dump) -> Shape:
         """Notes in the kernel's order: NT_PRSTATUS of each possible CPU that saved one, then VMCOREINFO."""
-        notes = b""
+        notes: list[Note] = []
         text = None
         page_offset = DEFAULT_PAGE_OFFSET
         if self.dead:
             page_offset = self.dead.page_offset()
-            notes = b"".join(cpu.notes for cpu in self.dead.cpu_notes())
+            notes = [Note(cpu.notes, cpu.paddr) for cpu in self.dead.cpu_notes() if cpu.notes]
             if image := self.dead.text():
                 text = Load(image.paddr, image.vaddr, image.size)
         else:
@@ -199,8 +199,8 @@ class X86_64(Arch):
                 f"p_vaddr from {page_offset:#x}"
             )
         if self.info:
-            notes += self.info.note
-        return Shape(EM_X86_64, "<", text, page_offset, notes, 0, DEFAULT_NOTE_ALIGN)
+            notes.append(Note(self.info.note, self.info.paddr))
+        return Shape(EM_X86_64, "<", text, page_offset, tuple(notes), 0, DEFAULT_NOTE_ALIGN)
 
     def kernel_ranges(self, dump: Dump) -> list[Range] | None:
         """The PT_LOAD ranges that kexec_file_load(2) writes: each System RAM resource by itself, in the tree's order,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""One page of locked memory whose physical address a device can be told.
+"""Locked memory whose physical address is known; one page of it for a device.
 
 The address comes from /proc/self/pagemap (Documentation/admin-guide/mm/pagemap.rst: 64-bit entries, bit 63 present,
 bits 0-54 pfn). mlock(2) keeps a page in RAM but not in place: compaction may still migrate it, so whoever handed the
@@ -17,6 +17,42 @@ from guard.errors import DeviceError
 PAGE_SIZE = mmap.PAGESIZE
 _PRESENT = 1 << 63
 _PFN_MASK = (1 << 55) - 1
+_PAGEMAP = "/proc/self/pagemap"
+
+
+def address(memory: mmap.mmap) -> int:
+    """Virtual address of a mapping. The cffi object lives for this call only: one that stays would keep it open."""
+    return int(ffi.cast("uintptr_t", ffi.from_buffer("char[]", memory)))
+
+
+def lock(vaddr: int, size: int) -> None:
+    """mlock(2) of *size* bytes. Raises DeviceError."""
+    if lib.mlock(ffi.cast("void *", vaddr), size):
+        raise DeviceError(f"cannot lock {size} bytes of memory: {os.strerror(ffi.errno)}")
+
+
+def frames(vaddr: int, count: int, pagemap: str = _PAGEMAP) -> list[int]:
+    """The pfns of the *count* pages from *vaddr* on, all of them present. Raises DeviceError where one is not, or where
+    the kernel hides them (needs CAP_SYS_ADMIN)."""
+    size = 8 * count
+    try:
+        fd = os.open(pagemap, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            raw = os.pread(fd, size, vaddr // PAGE_SIZE * 8)
+        finally:
+            os.close(fd)
+    except OSError as error:
+        raise DeviceError(f"{pagemap}: {error.strerror}: no physical addresses to be had") from None
+    if len(raw) != size:
+        raise DeviceError(f"{pagemap}: {len(raw)} bytes read instead of {size} for {count} locked pages")
+    found = []
+    for (entry,) in struct.iter_unpack("=Q", raw):
+        if not entry & _PRESENT:
+            raise DeviceError(f"{pagemap}: a locked page is not present (entry {entry:#x})")
+        if not entry & _PFN_MASK:
+            raise DeviceError(f"{pagemap}: the kernel hides the pfn (CAP_SYS_ADMIN is needed)")
+        found.append(entry & _PFN_MASK)
+    return found
 
 
 class PinnedPage:
@@ -27,42 +63,21 @@ class PinnedPage:
 
     __slots__ = ("_map", "_paddr", "_pagemap", "_vaddr", "view")
 
-    def __init__(self, pagemap: str = "/proc/self/pagemap") -> None:
+    def __init__(self, pagemap: str = _PAGEMAP) -> None:
         self._pagemap = pagemap
         self._paddr = 0
         self._map = mmap.mmap(-1, PAGE_SIZE, mmap.MAP_SHARED | mmap.MAP_ANONYMOUS)
-        # The cffi object lives for this expression only: one that stays would keep the mapping from being closed.
-        self._vaddr = int(ffi.cast("uintptr_t", ffi.from_buffer("char[]", self._map)))
+        self._vaddr = address(self._map)
         self.view = memoryview(self._map)
         try:
-            self._lock()
+            lock(self._vaddr, PAGE_SIZE)
             self.paddr()
         except BaseException:
             self.close()
             raise
 
-    def _lock(self) -> None:
-        if lib.mlock(ffi.cast("void *", self._vaddr), PAGE_SIZE):
-            raise DeviceError(f"cannot lock one page of memory for a device: {os.strerror(ffi.errno)}")
-
     def _lookup(self) -> int:
-        try:
-            fd = os.open(self._pagemap, os.O_RDONLY | os.O_CLOEXEC)
-            try:
-                raw = os.pread(fd, 8, self._vaddr // PAGE_SIZE * 8)
-            finally:
-                os.close(fd)
-        except OSError as error:
-            raise DeviceError(f"{self._pagemap}: {error.strerror}: no physical address to give to a device") from None
-        if len(raw) != 8:
-            raise DeviceError(f"{self._pagemap}: {len(raw)} bytes read instead of 8 for the locked page")
-        (entry,) = struct.unpack("=Q", raw)
-        if not entry & _PRESENT:
-            raise DeviceError(f"{self._pagemap}: the locked page is not present (entry {entry:#x})")
-        pfn = int(entry & _PFN_MASK)
-        if not pfn:
-            raise DeviceError(f"{self._pagemap}: the kernel hides the pfn (CAP_SYS_ADMIN is needed)")
-        return pfn * PAGE_SIZE
+        return frames(self._vaddr, 1, self._pagemap)[0] * PAGE_SIZE
 
     def paddr(self) -> int:
         """Physical address of the page now, in bytes; check_still_there() compares with the last one returned."""

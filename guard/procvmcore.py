@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import struct
+from collections.abc import Callable
 from typing import NamedTuple
 
 from guard.errors import SourceError
@@ -67,9 +68,10 @@ def pread_exact(fd: int, size: int, offset: int, name: str) -> bytes:
     return bytes(data)
 
 
-def read_header(fd: int, name: str) -> CoreHeader:
-    """The ELF64 header and program headers of a core file. Raises SourceError where it is none."""
-    ident = pread_exact(fd, EHDR_SIZE, 0, name)
+def parse_header(read: Callable[[int, int], bytes], name: str) -> CoreHeader:
+    """The ELF64 header and program headers of a core file, whose *read* gives exactly so many bytes from an offset on
+    or raises SourceError. Raises SourceError where it is none."""
+    ident = read(EHDR_SIZE, 0)
     if ident[:4] != b"\x7fELF":
         raise SourceError(f"{name}: offset 0x0: no ELF magic")
     if ident[4] != 2 or ident[5] not in (1, 2):
@@ -79,10 +81,10 @@ def read_header(fd: int, name: str) -> CoreHeader:
     if kind != 4:
         raise SourceError(f"{name}: offset 0x10: e_type {kind}, expected 4 (ET_CORE)")
     if phnum == PN_XNUM and shoff:
-        phnum = struct.unpack_from(order + "I", pread_exact(fd, SHDR_SIZE, shoff, name), 44)[0]
+        phnum = struct.unpack_from(order + "I", read(SHDR_SIZE, shoff), 44)[0]
     if phentsize != PHDR_SIZE or not 0 < phnum <= MAX_PHDRS:
         raise SourceError(f"{name}: offset 0x36: {phnum} program headers of {phentsize} bytes, expected {PHDR_SIZE}")
-    table = pread_exact(fd, phnum * PHDR_SIZE, phoff, name)
+    table = read(phnum * PHDR_SIZE, phoff)
     phdrs = tuple(map(ProgramHeader._make, struct.iter_unpack(order + "IIQQQQQQ", table)))
     for i, p in enumerate(phdrs):
         if p.type == PT_LOAD and (p.paddr + p.memsz > MAX_END or p.offset + p.memsz > MAX_FILE_SIZE - MIN_PAGE):
@@ -90,7 +92,12 @@ def read_header(fd: int, name: str) -> CoreHeader:
                 f"{name}: program header {i}: {p.memsz:#x} bytes at offset {p.offset:#x} cannot be the memory "
                 f"at {p.paddr:#x}"
             )
-    header = CoreHeader(machine, order, phdrs)
+    return CoreHeader(machine, order, phdrs)
+
+
+def read_header(fd: int, name: str) -> CoreHeader:
+    """The ELF64 header and program headers of a core file. Raises SourceError where it is none."""
+    header = parse_header(lambda size, offset: pread_exact(fd, size, offset, name), name)
     if header.size > MAX_HEADER:
         raise SourceError(f"{name}: memory begins at {header.size:#x}, expected a header of at most {MAX_HEADER:#x}")
     return header

@@ -16,8 +16,8 @@ import sys
 import tempfile
 from typing import NamedTuple
 
+from capture import newc
 from guard.errors import Error
-from initramfs import newc
 from initramfs.compress import compress, default_method
 from initramfs.elfdeps import Searcher, read_elf
 from initramfs.kmod import ModuleTree

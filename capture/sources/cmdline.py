@@ -18,6 +18,8 @@ _U64 = (1 << 64) - 1
 _SUFFIXES = "kmgtpe"
 NO_HEADER = _U64
 """ELFCORE_ADDR_MAX of the kernel: with this address it does not take itself for a kdump kernel."""
+STAGE = "oldmem.stage"
+"""Our own parameter; the kernel leaves what has a dot in its name to modules, and init does not see it."""
 
 
 class Elfcorehdr(NamedTuple):
@@ -28,10 +30,11 @@ class Elfcorehdr(NamedTuple):
 
 
 class CommandLine(NamedTuple):
-    """The parameters that matter to a reader of old memory."""
+    """The parameters that matter to a reader of old memory; *stage* is ours (capture/stage2.py)."""
 
     elfcorehdr: Elfcorehdr | None
     iomem_relaxed: bool
+    stage: str | None = None
 
 
 def read(root: str) -> SourceReport:
@@ -57,7 +60,8 @@ def parse(data: bytes, path: str, problems: Problems) -> CommandLine:
     """The command line in *data*; *path* names it in problems."""
     elfcorehdr: Elfcorehdr | None = None
     relaxed = False
-    for token in _tokens(data.decode("ascii", "backslashreplace")):
+    stage: str | None = None
+    for token in map(_unquoted, _words(data.decode("ascii", "backslashreplace"))):
         if token == "--":
             break
         name, _, value = token.partition("=")
@@ -68,26 +72,47 @@ def parse(data: bytes, path: str, problems: Problems) -> CommandLine:
                 relaxed = True
             if "strict" in value:
                 relaxed = False
-    return CommandLine(elfcorehdr, relaxed)
+        elif name == STAGE:
+            stage = value
+    return CommandLine(elfcorehdr, relaxed, stage)
 
 
-def _tokens(text: str) -> list[str]:
-    """The words of *text*; blanks between double quotes do not separate, and the quotes are dropped."""
-    tokens: list[str] = []
+def with_header(line: str, parameters: list[str]) -> str:
+    """The command line *line* with *parameters* in place of its elfcorehdr= and of our own, before a lone "--"; all
+    else as it is written."""
+    kept, behind = [], []
+    words = _words(line)
+    for i, word in enumerate(words):
+        name, _, _ = _unquoted(word).partition("=")
+        if name == "--":
+            behind = words[i:]
+            break
+        if name not in ("elfcorehdr", STAGE):
+            kept.append(word)
+    return " ".join([*kept, *parameters, *behind])
+
+
+def _words(text: str) -> list[str]:
+    """The words of *text* as they are written; blanks between double quotes do not separate."""
+    words: list[str] = []
     word: list[str] = []
     quoted = False
     for char in text:
         if char == '"':
             quoted = not quoted
-        elif char in " \t\n\v\f\r" and not quoted:
+        if char in " \t\n\v\f\r" and not quoted:
             if word:
-                tokens.append("".join(word))
+                words.append("".join(word))
                 word.clear()
         else:
             word.append(char)
     if word:
-        tokens.append("".join(word))
-    return tokens
+        words.append("".join(word))
+    return words
+
+
+def _unquoted(word: str) -> str:
+    return word.replace('"', "")
 
 
 def _elfcorehdr(value: str, where: str, problems: Problems) -> Elfcorehdr:

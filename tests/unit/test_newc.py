@@ -14,9 +14,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from capture import newc
+from capture.newc import Entry
 from guard.errors import Error
-from initramfs import newc
-from initramfs.newc import Entry
 
 FILE, DIR, LINK, CHAR = stat.S_IFREG | 0o644, stat.S_IFDIR | 0o755, stat.S_IFLNK | 0o777, stat.S_IFCHR | 0o600
 

@@ -33,15 +33,23 @@ def _pad4(size: int) -> bytes:
     return bytes(-size % 4)
 
 
-def _member(ino: int, entry: Entry) -> bytes:
+def member(ino: int, entry: Entry, linked: bool = False) -> bytes:
+    """The bytes of one entry. *linked*: other members with the same *ino* are the same file; the first of them has its
+    data. Raises Error for a file that is too large for the format."""
     name = entry.path.encode("utf-8", "surrogateescape") + b"\0"
     if len(entry.data) > 0xFFFFFFFF:
         raise Error(f"{entry.path}: {len(entry.data)} bytes do not fit the cpio format, whose size field ends at 4 GiB")
-    nlink = 2 if stat.S_ISDIR(entry.mode) else 1
+    nlink = 2 if linked or stat.S_ISDIR(entry.mode) else 1
     # ino, mode, uid, gid, nlink, mtime, filesize, devmajor, devminor, rdevmajor, rdevminor, namesize, check
     fields = (ino, entry.mode, 0, 0, nlink, 0, len(entry.data), 0, 0, *entry.rdev, len(name), 0)
     header = MAGIC + b"".join(b"%08X" % field for field in fields)
     return b"".join((header, name, _pad4(len(header) + len(name)), entry.data, _pad4(len(entry.data))))
+
+
+def trailer(size: int) -> bytes:
+    """What ends an archive of *size* bytes."""
+    last = member(0, Entry(TRAILER, 0))
+    return last + bytes(-(size + len(last)) % BLOCK)
 
 
 def archive(entries: Iterable[Entry]) -> bytes:
@@ -56,8 +64,6 @@ def archive(entries: Iterable[Entry]) -> bytes:
         if entry.path == last:
             raise Error(f"{entry.path}: twice in the archive")
         last = entry.path
-        parts.append(_member(ino, entry))
-    parts.append(_member(0, Entry(TRAILER, 0)))
-    size = sum(map(len, parts))
-    parts.append(bytes(-size % BLOCK))
+        parts.append(member(ino, entry))
+    parts.append(trailer(sum(map(len, parts))))
     return b"".join(parts)
