@@ -12,9 +12,11 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NoReturn
 
+from capture import arguments
 from guard.errors import Error
 
 if TYPE_CHECKING:
+    from capture import stage2
     from capture.dump import Dump
     from capture.machine import Machine
 
@@ -22,14 +24,16 @@ VERSION = "0.1.0"
 DONE, FAILED, NOT_CAPTURE, INCOMPLETE = 0, 1, 3, 4  # 2, usage, is argparse's
 MAX_LINES = 64  # of one kind on the console
 
-EPILOG = """exit status: 0 done, 1 failed, 2 usage, 3 not in a capture environment,
-4 done, but memory was lost that should have been readable (see the report)"""
-
 
 def tell(line: str) -> None:
     """A line on standard error; a console that takes none must not cost the dump."""
     with contextlib.suppress(OSError):
         print(f"oldmem: {line}", file=sys.stderr)
+
+
+def say(line: str) -> None:
+    """A line on standard output, now: what comes next may be another kernel."""
+    print(f"oldmem: {line}", flush=True)
 
 
 def warn(line: str) -> None:
@@ -181,12 +185,71 @@ def cmd_mount(args: argparse.Namespace) -> int:
 
 
 def cmd_init(args: argparse.Namespace) -> int:
-    from capture.init import bring_up
+    from capture.arrival import settle
+
+    lacking = settle(say, warn)
+    if lacking is None:
+        return _hand_over(args)
+    for line in lacking:
+        warn(line)
+    return _and_command(args.argv, INCOMPLETE if lacking else DONE)
+
+
+def _hand_over(args: argparse.Namespace) -> int:
+    """Put the vmcore in place by the way that was asked for, then run the command if there is one."""
+    from capture import via
+    from capture.init import FOLDER, bring_up
 
     dump = open_dump(args)
+    way, plan = args.via, None
+    if way == via.AUTO:
+        way, why, plan = via.choose(dump, args.argv, _stage2_options(args))
+        say(f"{way}: {why}")
+    if way == via.RUN:
+        return _inside(dump, args.argv, args.vmcore)
+    if way == via.STAGE2:
+        try:
+            _go(dump, plan, args)
+        except Error as e:
+            if args.via != via.AUTO:
+                raise
+            warn(f"no stage 2: {e}; over FUSE instead")
     where = bring_up(dump)
-    print(f"oldmem: guarded vmcore at {where} ({dump.vmcore.size} bytes), report in /run/oldmem/guard.json")
-    return finished(dump)
+    say(f"guarded vmcore at {where} ({dump.vmcore.size} bytes), report in {FOLDER}/guard.json")
+    return _and_command(args.argv, finished(dump))
+
+
+def _and_command(argv: list[str], status: int) -> int:
+    """Run the collector, if there is one; its exit status, or *status* where that is 0."""
+    from capture.programs import spawn
+
+    return (spawn(argv) or status) if argv else status
+
+
+def _stage2_options(args: argparse.Namespace) -> stage2.Options:
+    from capture.stage2 import Options
+
+    return Options(args.place, args.kernel, args.initramfs)
+
+
+def _go(dump: Dump, plan: stage2.Plan | None, args: argparse.Namespace) -> None:
+    from capture import stage2
+
+    plan = plan or stage2.plan(dump, _stage2_options(args))
+    say(f"to stage 2, header of {len(plan.loads)} PT_LOADs {plan.place.what}")
+    stage2.go(plan, dump)
+
+
+def cmd_stage2(args: argparse.Namespace) -> int:
+    from capture import stage2
+
+    dump = open_dump(args)
+    plan = stage2.plan(dump, _stage2_options(args))
+    if args.dry_run:
+        print("\n".join(stage2.described(plan, dump)))
+        return INCOMPLETE if plan.given_up.runs or dump.unasked() else DONE
+    _go(dump, plan, args)
+    return FAILED
 
 
 def cmd_record(args: argparse.Namespace) -> int:
@@ -199,18 +262,22 @@ def cmd_record(args: argparse.Namespace) -> int:
 
 
 def cmd_run(args: argparse.Namespace) -> int:
+    return _inside(open_dump(args), args.argv, args.vmcore, args.report)
+
+
+def _inside(dump: Dump, argv: list[str], vmcore: str, to: str | None = None) -> int:
+    """A collector with the vmcore inside of its process, and the report written to the file *to*."""
     from capture.run import CommandError, run
 
-    dump = open_dump(args)
     try:
-        status = run(dump, args.argv, args.vmcore)
+        status = run(dump, argv, vmcore)
     except CommandError as e:
         tell(str(e))
         return e.status
-    if args.report:
+    if to:
         from capture import report
 
-        write_out(report.as_json(report.guard_json(dump, report.MOST_SERVED)), args.report)
+        write_out(report.as_json(report.guard_json(dump, report.MOST_SERVED)), to)
     ended = finished(dump)
     return status or ended
 
@@ -226,108 +293,26 @@ def cmd_check(args: argparse.Namespace) -> int:
     return FAILED if wrong else DONE
 
 
-class _Help(argparse.RawDescriptionHelpFormatter):
-    def __init__(self, prog: str) -> None:
-        # a given width spares the import of shutil and all its compressors
-        columns = os.environ.get("COLUMNS", "")
-        super().__init__(prog, width=max(40, int(columns)) if columns.isdecimal() else 100)
-
-
-def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(
-        prog="oldmem",
-        description="Build the vmcore header of a dead machine after the crash, and guard every read of its memory.",
-        epilog=EPILOG,
-        formatter_class=_Help,
-    )
-    top.add_argument("--version", action="version", version=f"oldmem {VERSION}")
-    machine = argparse.ArgumentParser(add_help=False, formatter_class=_Help)
-    group = machine.add_argument_group("machine (default: the one that this capture kernel came from)")
-    which = group.add_mutually_exclusive_group()
-    which.add_argument("--machine", metavar="DIR", help="a recorded machine: folder with machine.json and images")
-    which.add_argument("--image", metavar="FILE", help="an image of all RAM of an s390x machine, and nothing beside it")
-    group.add_argument("--loop", action="store_true", help="attach images as read-only loop devices")
-    group.add_argument("--source", choices=("auto", "devmem", "vmcore"), default="auto", help="where to read memory")
-    group.add_argument("--force", action="store_true", help="go on where this does not look like a capture kernel")
-    machine.add_argument("-v", "--verbose", action="store_true", help="tell what each source could not read")
-    machine.add_argument("-q", "--quiet", action="store_true", help="no warnings before the work is done")
-    layout = argparse.ArgumentParser(add_help=False, formatter_class=_Help)
-    layout.add_argument(
-        "--layout",
-        choices=("cut", "kernel"),
-        default="cut",
-        help="PT_LOADs cut by the plug bitmap, or as the kernel lays them out",
-    )
-    layout.add_argument(
-        "--mode",
-        choices=("dynamic", "preloaded"),
-        default="dynamic",
-        help="build the header, or take the kernel's own as it is",
-    )
-    for option, about in (("--deny", "do not read these"), ("--allow", "read nothing but these")):
-        layout.add_argument(
-            option,
-            metavar="RANGES",
-            action="append",
-            default=[],
-            help=f"{about} physical ranges: 40000000-4fffffff, or a file with such lines (repeatable)",
-        )
-    layout.add_argument(
-        "--vmlinux",
-        metavar="FILE",
-        help="the dead kernel's vmlinux: symbols and layouts where its VMCOREINFO note is missing or cut",
-    )
-    layout.add_argument(
-        "--rule",
-        metavar="MODULE:FUNCTION",
-        action="append",
-        default=[],
-        help="ask this rule plug-in too, besides the installed ones; a FILE has a slash in it (repeatable)",
-    )
-    sub = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    both = [machine, layout]
-
-    def command(
-        name: str, run: Callable[[argparse.Namespace], int], about: str, *parents: argparse.ArgumentParser
-    ) -> argparse.ArgumentParser:
-        p = sub.add_parser(name, parents=parents, help=about, description=about, formatter_class=_Help)
-        p.set_defaults(run=run)
-        return p
-
-    p = command("map", cmd_map, "what memory there was, how that is known, and what is refused", *both)
-    p.add_argument("--json", action="store_true")
-    p.add_argument("--compare", action="store_true", help="what the preloaded header misses or has too much")
-    p = command("plug", cmd_plug, "virtio-mem devices and their plug bitmaps", machine)
-    p.add_argument("--json", action="store_true")
-    p = command("header", cmd_header, "the header alone, as the vmcore starts", *both)
-    p.add_argument("-o", "--output", metavar="FILE", required=True, help='"-" for standard output')
-    p = command("guard", cmd_guard, "the rules as a compiled guard, which C programs ask", *both)
-    p.add_argument("-o", "--output", metavar="FILE", required=True, help='"-" for standard output')
-    p = command("mount", cmd_mount, "serve the vmcore over a file, or as a folder", *both)
-    p.add_argument("target", help="a file (/proc/vmcore too) or a folder")
-    p.add_argument("--foreground", action="store_true", help="stay until unmounted or interrupted")
-    p.add_argument("--direct", action="store_true", help="a file without page cache: for dd and other large reads")
-    p = command("save", cmd_save, "guarded copy, sparse, with progress", *both)
-    p.add_argument("-o", "--output", metavar="OUT", required=True, help='"-" streams to standard output')
-    p = command("run", cmd_run, "run a collector with the vmcore inside its own process", *both)
-    p.add_argument(
-        "--vmcore", metavar="FILE", default="/proc/vmcore", help="what the collector opens (default: /proc/vmcore)"
-    )
-    p.add_argument("--report", metavar="FILE", help="where to write what was refused and what could not be read")
-    p.add_argument("argv", metavar="COMMAND", nargs="+", help="a dynamically linked program, and its arguments")
-    p = command("check", cmd_check, "verify a vmcore")
-    p.add_argument("file")
-    p = command("record", cmd_record, "write this machine's state as a folder for --machine", *both)
-    p.add_argument("folder")
-    command("init", cmd_init, "the capture-kernel step: a guarded vmcore over /proc/vmcore", *both)
-    return top
+COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
+    "map": cmd_map,
+    "plug": cmd_plug,
+    "header": cmd_header,
+    "guard": cmd_guard,
+    "mount": cmd_mount,
+    "save": cmd_save,
+    "run": cmd_run,
+    "check": cmd_check,
+    "record": cmd_record,
+    "stage2": cmd_stage2,
+    "init": cmd_init,
+}
 
 
 def run(argv: list[str] | None = None) -> int:
     """The command with the arguments *argv* (default: the process's own); returns its exit status."""
     try:
-        args = parser().parse_args(argv)
-        return int(args.run(args))
+        args = arguments.parser(VERSION).parse_args(argv)
+        return COMMANDS[args.command](args)
     except SystemExit as e:  # argparse has said what there is to say
         return int(e.code or 0)
     except Error as e:

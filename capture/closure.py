@@ -17,6 +17,8 @@ MODULES = (
     "capture.record",
     "capture.run",
     "capture.save",
+    "capture.arrival",
+    "capture.via",
     "guard.compiled",
     "guard.plugins",
     "guard.rules.static",
@@ -34,9 +36,9 @@ def closure() -> list[str]:
     """Import all of the capture path and return the file of every module that is loaded then."""
     for name in MODULES:
         importlib.import_module(name)
-    from capture.cli import parser
+    from capture.arguments import parser
 
-    parser().format_help()  # argparse imports what it formats with at the last moment
+    parser("").format_help()  # argparse imports what it formats with at the last moment
     from capture.run import LIBRARY
 
     files = {getattr(module, "__file__", None) for module in list(sys.modules.values())}

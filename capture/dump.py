@@ -10,7 +10,8 @@ from itertools import islice, pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
 from capture import elfcore, memory_map
-from capture.elfcore import Core, Extent
+from capture.arch import Shape
+from capture.elfcore import Core, Extent, Load
 from capture.machine import Machine
 from capture.memory_map import Entry
 from capture.sources import report
@@ -55,6 +56,7 @@ class Dump:
         plugins: Sequence[Plugin] = (),
     ) -> None:
         self.machine, self.layout, self.mode = machine, layout, mode
+        self.shape: Shape | None = None  # of a header that was built, not taken over
         self.arch = machine.arch
         if machine.header_is_the_kernels and mode != PRELOADED:
             self.mode = PRELOADED
@@ -135,7 +137,7 @@ class Dump:
         return RangeSet(self.readable_runs())
 
     def _dynamic(self) -> Core:
-        shape = self.arch.shape(self)
+        self.shape = shape = self.arch.shape(self)
         ranges = self.arch.kernel_ranges(self) if self.layout == KERNEL else None
         if ranges is None:
             ranges, gap = memory_map.merged(self.readable_runs, self.envelope.all - self.machine.own, MAX_LOADS)
@@ -144,11 +146,14 @@ class Dump:
                     f"memory in more than {MAX_LOADS} runs: PT_LOADs bridge gaps of up to {gap:#x} bytes; "
                     "what lies in them is refused and reads as zeros"
                 )
-        loads = ([shape.text] if shape.text else []) + [shape.load(r) for r in ranges]
+        return self.served(shape, ([shape.text] if shape.text else []) + [shape.load(r) for r in ranges])
+
+    def served(self, shape: Shape, loads: list[Load]) -> Core:
+        """The vmcore with these PT_LOADs, as this kernel lays it out."""
         align = self.machine.phdr_note_align
         note_align = shape.note_align if align is None else align
-        page_size = self.machine.page_size
-        return elfcore.build(shape.machine, shape.merged_notes(), loads, note_align, page_size, shape.byteorder)
+        notes = shape.merged_notes()
+        return elfcore.build(shape.machine, notes, loads, note_align, self.machine.page_size, shape.byteorder)
 
     def _preloaded(self) -> Core:
         data = self.machine.core_header_bytes()
@@ -208,11 +213,15 @@ class Dump:
         did not answer. Of a fragmented machine no more than MAX_LOADS runs are told."""
         shown = self.memory.covered
         hidden = islice((run for run in self.readable_runs() if not shown.covers(*run)), MAX_LOADS)
+        return (RangeSet(hidden) - shown) | self.unasked()
+
+    def unasked(self) -> RangeSet:
+        """What was System RAM and is refused only because what was to be asked about it did not answer."""
         unasked = self.arch.system_ram & RangeSet(d.region for d in self.machine.devices if d.bitmap is None)
         for rule in self.registry:
             if rule.trouble == NOT_RAM:
                 unasked |= self.arch.system_ram & rule.troubled
-        return (RangeSet(hidden) - shown) | (unasked - self.registry.ram(unasked))
+        return unasked - self.registry.ram(unasked)
 
     def close(self) -> None:
         self.memory.close()

@@ -44,6 +44,18 @@ class Core(NamedTuple):
     phdrs: tuple[ProgramHeader, ...]
 
 
+def ehdr(machine: int, count: int, byteorder: str) -> bytes:
+    """The ELF header of a core file with *count* program headers behind it. Raises Error for more than the 16 bits of
+    e_phnum count."""
+    if count >= PN_XNUM:
+        raise Error(f"{count} program headers where an ELF header counts at most {PN_XNUM - 1}")
+    ident = b"\x7fELF" + bytes((2, 1 if byteorder == "<" else 2, EV_CURRENT)) + bytes(9)
+    return struct.pack(
+        byteorder + "16sHHIQQQIHHHHHH",
+        *(ident, ET_CORE, machine, EV_CURRENT, 0, EHDR_SIZE, 0, 0, EHDR_SIZE, PHDR_SIZE, count, 0, 0, 0),
+    )
+
+
 def page_align(n: int, page_size: int) -> int:
     return (n + page_size - 1) & -page_size
 
@@ -53,11 +65,10 @@ def build(
 ) -> Core:
     """Lay out a vmcore. *machine* is e_machine, *notes* the merged notes without an empty one at the end.
 
-    *note_align* is the merged PT_NOTE's p_align: 4 in current kernels, 0 up to some release after 6.1. Raises Error
-    for more program headers than the 16 bits of e_phnum count."""
+    *note_align* is the merged PT_NOTE's p_align: 4 in current kernels, 0 up to some release after 6.1. Raises Error as
+    :func:`ehdr`."""
     count = len(loads) + 1
-    if count >= PN_XNUM:
-        raise Error(f"{count} program headers where an ELF header counts at most {PN_XNUM - 1}")
+    start_of_file = ehdr(machine, count, byteorder)
     note_offset = page_align(EHDR_SIZE + count * PHDR_SIZE, page_size)
     offset = note_offset + page_align(len(notes), page_size)
     phdrs = [ProgramHeader(PT_NOTE, 0, note_offset, 0, 0, len(notes), len(notes), note_align)]
@@ -69,13 +80,8 @@ def build(
         phdrs.append(ProgramHeader(PT_LOAD, PF_RWX, p_offset, load.vaddr, load.paddr, load.size, load.size, load.align))
         extents.append(Extent(offset, size, start))
         offset += size
-    ident = b"\x7fELF" + bytes((2, 1 if byteorder == "<" else 2, EV_CURRENT)) + bytes(9)
-    ehdr = struct.pack(
-        byteorder + "16sHHIQQQIHHHHHH",
-        *(ident, ET_CORE, machine, EV_CURRENT, 0, EHDR_SIZE, 0, 0, EHDR_SIZE, PHDR_SIZE, count, 0, 0, 0),
-    )
     header = bytearray(note_offset + page_align(len(notes), page_size))
-    header[: len(ehdr)] = ehdr
+    header[: len(start_of_file)] = start_of_file
     for i, p in enumerate(phdrs):
         struct.pack_into(byteorder + "IIQQQQQQ", header, EHDR_SIZE + i * PHDR_SIZE, *p)
     header[note_offset : note_offset + len(notes)] = notes

@@ -253,6 +253,24 @@ def merged(runs: Callable[[], Iterator[Range]], bridges: RangeSet, most: int) ->
         gap = 2 * gap or SMALLEST_BRIDGE
 
 
+def largest(runs: Iterable[Range], most: int) -> tuple[list[Range], int, int]:
+    """The *most* largest of the ascending *runs*, ascending; how many others there are, and their bytes."""
+    kept: list[Range] = []
+    count = size = 0
+    for run in runs:
+        kept.append(run)
+        count += 1
+        size += run.size
+        if len(kept) == 2 * most + 1:  # no list of all is held
+            kept = sorted(kept, key=_size_of)[-most:] if most else []
+    kept = sorted(sorted(kept, key=_size_of)[-most:] if most else [])
+    return kept, count - len(kept), size - sum(run.size for run in kept)
+
+
+def _size_of(run: Range) -> int:
+    return run.size
+
+
 def entries(
     registry: Registry, env: Envelope, devices: Iterable[Device], claims: dict[str, RangeSet]
 ) -> Iterator[Entry]:

@@ -23,6 +23,7 @@ from typing import NoReturn
 from capture.dump import Dump
 from capture.elfcore import page_align
 from capture.fuse import MS_BIND, mount
+from capture.programs import is_static, wait
 from guard._core import ffi, lib
 from guard.compiled import ALIGN, compile_guard
 from guard.errors import Error
@@ -33,11 +34,10 @@ LIBRARY = os.path.join(os.path.dirname(os.path.abspath(__file__)), "_preload.abi
 PLAN_VARIABLE = "OLDMEM_RUN"
 NOT_EXECUTABLE, NOT_FOUND = 126, 127  # as env(1), nice(1) and timeout(1) end
 
-# include/uapi/linux: sched.h, mount.h, memfd.h, elf.h
+# include/uapi/linux: sched.h, mount.h, memfd.h
 CLONE_NEWNS = 0x00020000
 MS_REC, MS_SLAVE = 16384, 1 << 19
 MFD_NOEXEC_SEAL = 8
-EI_CLASS, EI_DATA, ELFCLASS64, ELFDATA2MSB, PT_INTERP = 4, 5, 2, 2, 3
 
 FORWARDED = (signal.SIGTERM, signal.SIGHUP)
 
@@ -164,25 +164,6 @@ class Plan:
         self._fds = []
 
 
-def is_static(command: str) -> bool:
-    """Is it a program that the dynamic linker has no part in? Of what cannot be read or is a script, False."""
-    paths = [command] if "/" in command else [os.path.join(folder or ".", command) for folder in os.get_exec_path()]
-    for path in paths:
-        try:
-            with open(path, "rb") as file:
-                start = file.read(4096)
-        except OSError:
-            continue
-        if len(start) < 64 or not start.startswith(b"\x7fELF") or start[EI_CLASS] != ELFCLASS64:
-            return False
-        order = ">" if start[EI_DATA] == ELFDATA2MSB else "<"
-        (phoff,) = struct.unpack_from(order + "Q", start, 32)
-        size, count = struct.unpack_from(order + "HH", start, 54)
-        places = range(phoff, min(phoff + size * count, len(start) - 4), max(size, 1))
-        return not any(struct.unpack_from(order + "I", start, at)[0] == PT_INTERP for at in places)
-    return False
-
-
 def _is_kernels(dump: Dump, path: str) -> bool:
     """Is *path* the kernel's own vmcore, so that programs without our library would read it unguarded?"""
     if dump.machine.core_fd is None or not dump.machine.live:
@@ -284,16 +265,6 @@ class _Forwarding:
                 os.kill(os.getpid(), early)
 
 
-def _wait(pid: int) -> int:
-    """Exit status of the command, as a shell tells it."""
-    interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends it to both
-    try:
-        _, status = os.waitpid(pid, 0)
-    finally:
-        signal.signal(signal.SIGINT, interrupt)
-    return 128 + os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
-
-
 def run(dump: Dump, command: Sequence[str], path: str) -> int:
     """Run *command*, to whose programs the file *path* is the guarded vmcore; returns its exit status.
 
@@ -309,7 +280,7 @@ def run(dump: Dump, command: Sequence[str], path: str) -> int:
                     plan.stand_in(cover)
                 pid = _start(command, plan, cover)
             signals.to(pid)
-            status = _wait(pid)
+            status = wait(pid)
         if not plan.account(dump):
             why = "is statically linked" if is_static(command[0]) else "took no library by LD_PRELOAD"
             raise Error(f"{command[0]} {why}, and has seen no vmcore (status {status}); use oldmem mount or init")

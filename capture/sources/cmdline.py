@@ -7,6 +7,7 @@ behind a lone "--". s390x ignores elfcorehdr=, and a device tree may set the hea
 
 from __future__ import annotations
 
+from collections.abc import Container, Sequence
 from typing import NamedTuple
 
 from . import files, report
@@ -77,8 +78,13 @@ def parse(data: bytes, path: str, problems: Problems) -> CommandLine:
     return CommandLine(elfcorehdr, relaxed, stage)
 
 
-def with_header(line: str, parameters: list[str]) -> str:
-    """The command line *line* with *parameters* in place of its elfcorehdr= and of our own, before a lone "--"; all
+def stage_of(line: str) -> str | None:
+    """The value of STAGE on the command line *line*."""
+    return parse(line.encode("utf-8", "surrogateescape"), "", Problems()).stage
+
+
+def rewritten(line: str, dropped: Container[str], parameters: Sequence[str]) -> str:
+    """The command line *line* without the parameters of the names *dropped*, with *parameters* before a lone "--"; all
     else as it is written."""
     kept, behind = [], []
     words = _words(line)
@@ -87,7 +93,7 @@ def with_header(line: str, parameters: list[str]) -> str:
         if name == "--":
             behind = words[i:]
             break
-        if name not in ("elfcorehdr", STAGE):
+        if name not in dropped:
             kept.append(word)
     return " ".join([*kept, *parameters, *behind])
 

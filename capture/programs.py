@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Programs of the capture environment: where they are, what they are, running one."""
+
+from __future__ import annotations
+
+import os
+import signal
+import struct
+from collections.abc import Sequence
+
+from guard.errors import Error
+
+EI_CLASS, EI_DATA, ELFCLASS64, ELFDATA2MSB, PT_INTERP = 4, 5, 2, 2, 3  # include/uapi/linux/elf.h
+
+
+def find(name: str) -> str | None:
+    """Path of the program *name*, also where root's programs are if PATH leaves them out."""
+    places = [os.path.join(folder, name) for folder in (*os.get_exec_path(), "/usr/sbin", "/sbin")]
+    return next((path for path in places if os.access(path, os.X_OK)), None)
+
+
+def is_static(command: str) -> bool:
+    """Is it a program that the dynamic linker has no part in? Of what cannot be read or is a script, False."""
+    paths = [command] if "/" in command else [os.path.join(folder or ".", command) for folder in os.get_exec_path()]
+    for path in paths:
+        try:
+            with open(path, "rb") as file:
+                start = file.read(4096)
+        except OSError:
+            continue
+        if len(start) < 64 or not start.startswith(b"\x7fELF") or start[EI_CLASS] != ELFCLASS64:
+            return False
+        order = ">" if start[EI_DATA] == ELFDATA2MSB else "<"
+        (phoff,) = struct.unpack_from(order + "Q", start, 32)
+        size, count = struct.unpack_from(order + "HH", start, 54)
+        places = range(phoff, min(phoff + size * count, len(start) - 4), max(size, 1))
+        return not any(struct.unpack_from(order + "I", start, at)[0] == PT_INTERP for at in places)
+    return False
+
+
+def spawn(command: Sequence[str]) -> int:
+    """Run *command* as it is; its exit status, as a shell tells it."""
+    try:
+        pid = os.posix_spawnp(command[0], list(command), os.environ)
+    except OSError as e:
+        raise Error(f"{command[0]}: {e.strerror}") from None
+    return wait(pid)
+
+
+def wait(pid: int) -> int:
+    """Exit status of the command, as a shell tells it."""
+    interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends it to both
+    try:
+        _, status = os.waitpid(pid, 0)
+    finally:
+        signal.signal(signal.SIGINT, interrupt)
+    return 128 + os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
