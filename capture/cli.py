@@ -199,14 +199,17 @@ def _hand_over(args: argparse.Namespace) -> int:
     """Put the vmcore in place by the way that was asked for, then run the command if there is one."""
     from capture import via
     from capture.init import FOLDER, bring_up
+    from guard import procvmcore
 
+    if args.via == via.RUN and not args.argv:
+        raise Error("--via run needs a COMMAND to be inside of")
     dump = open_dump(args)
     way, plan = args.via, None
     if way == via.AUTO:
         way, why, plan = via.choose(dump, args.argv, _stage2_options(args))
         say(f"{way}: {why}")
     if way == via.RUN:
-        return _inside(dump, args.argv, args.vmcore)
+        return _inside(dump, args.argv, procvmcore.PATH)
     if way == via.STAGE2:
         try:
             _go(dump, plan, args)

@@ -41,7 +41,8 @@ def closure() -> list[str]:
     parser("").format_help()  # argparse imports what it formats with at the last moment
     from capture.run import LIBRARY
 
-    files = {getattr(module, "__file__", None) for module in list(sys.modules.values())}
+    # optional helpers in C, of modules that do the same without them
+    files = {getattr(m, "__file__", None) for name, m in list(sys.modules.items()) if name != "_json"}
     if os.path.exists(LIBRARY):  # a core that is built for another machine comes without
         files.add(LIBRARY)
     return sorted(filter(None, files))

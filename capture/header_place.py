@@ -61,7 +61,9 @@ class Window:
         try:
             self.map = mmap.mmap(fd, size, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE, offset=addr)
         except (OSError, ValueError, OverflowError) as e:
-            raise SourceError(f"{path}: {Range(addr, addr + size)} cannot be mapped: {e}") from None
+            why = e.strerror if isinstance(e, OSError) else str(e)
+            hint = ' ("RAM buffer" in /proc/iomem? iomem=relaxed cures it)' if isinstance(e, PermissionError) else ""
+            raise SourceError(f"{path}: {Range(addr, addr + size)} cannot be mapped: {why}{hint}") from None
         finally:
             os.close(fd)
 

@@ -22,6 +22,7 @@ from capture.elfcorehdr import Prepared
 from capture.header_place import InPlace, Pinned, Place
 from capture.report import MOST_SERVED, as_json, bytes_text, guard_json, map_json
 from capture.sources import cmdline
+from capture.sources.report import Problems
 from capture.stage_state import Meant
 from guard.errors import Error, SourceError
 from guard.physmem import ExactMemory
@@ -29,9 +30,6 @@ from guard.ranges import Range, RangeSet
 
 HERE, BACK = "2", "back"
 """Values of oldmem.stage=: stage 2 itself, and the capture kernel that it went back to."""
-
-MARGIN = 16 << 20
-"""Bytes that loading must leave: page tables, the log, whoever else runs."""
 
 TRIES = 4
 _HELD = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -94,9 +92,19 @@ def plan(dump: Dump, options: Options) -> Plan:
     prepared = elfcorehdr.prepare(dump.shape, ExactMemory(dump.memory))
     place, why_not, loads, given_up = _placed(dump, dump.shape, prepared, options.place)
     made = Plan(place, why_not, prepared, loads, dump.served(dump.shape, loads), given_up, kernel, initramfs, running)
-    if len(made.cmdline) > kernel.most_cmdline:
-        raise Error(f"a command line of {len(made.cmdline)} bytes, of which {kernel.path} takes {kernel.most_cmdline}")
+    _check_cmdline(made)
     return made
+
+
+def _check_cmdline(made: Plan) -> None:
+    """A kernel that does not find elfcorehdr= there is none of kdump's: its virtio_mem driver would unplug all memory.
+    Raises Error where it would not find what is meant."""
+    line, most = os.fsencode(made.cmdline), made.kernel.most_cmdline
+    if len(line) > most:
+        raise Error(f"a command line of {len(line)} bytes, of which {made.kernel.path} takes {most}")
+    found = cmdline.parse(line, "", Problems())
+    if found.elfcorehdr is None or found.elfcorehdr.addr != made.place.addr or found.stage != HERE:
+        raise Error(f"the next kernel would not find its header by the command line {made.cmdline!r}")
 
 
 def running_cmdline() -> str:
@@ -159,16 +167,16 @@ def text_loads(dump: Dump, shape: Shape) -> Iterator[Load]:
 
 
 def needed(made: Plan, initramfs_size: int) -> int:
-    """Bytes of memory that loading takes: the segments as they will lie, and the kernel's copies of both files.
-    kexec allocates the kernel's segment for all that it will need until it has unpacked itself (init_size)."""
-    return made.kernel.init_size + made.kernel.size + 2 * initramfs_size + MARGIN
+    """Bytes of memory that loading takes at least, once there is the initramfs to load. kexec allocates the kernel's
+    segment for all that it will need until it has unpacked itself (init_size), and holds its file beside that. What is
+    missing beyond costs the process that loads, and nothing else."""
+    return made.kernel.init_size + made.kernel.size + initramfs_size
 
 
 def check_memory(made: Plan, initramfs_size: int | None = None) -> None:
-    """Raises Error where loading would take more than there is; *initramfs_size* once it is known, its copy made."""
-    size = initramfs_size
-    if size is None:
-        size = made.initramfs.least_size()
+    """Raises Error where loading would take more than there is. Without *initramfs_size*, the initramfs has yet to be
+    put together, in memory too."""
+    size = 2 * made.initramfs.least_size() if initramfs_size is None else initramfs_size
     need, have = needed(made, size), available()
     if need > have:
         raise Error(f"{bytes_text(need)} of memory needed to load stage 2, {bytes_text(have)} available")
@@ -212,7 +220,7 @@ def described(made: Plan, dump: Dump) -> Iterator[str]:
     yield f"notes: {len(made.prepared.there)} where old memory has them, {len(made.prepared.copied)} bytes copied"
     yield f"kernel: {made.kernel.path} ({bytes_text(made.kernel.size)}, {bytes_text(made.kernel.init_size)} in memory)"
     yield f"initramfs: {made.initramfs}"
-    need = needed(made, made.initramfs.least_size())
+    need = needed(made, 2 * made.initramfs.least_size())
     yield f"memory: {bytes_text(available())} available, at least {bytes_text(need)} needed to load it"
     yield (
         "load: by kexec_file_load(2), else by kexec -c"
@@ -283,6 +291,7 @@ def _state(made: Plan, dump: Dump) -> dict[str, bytes]:
         made.initramfs.path,
         made.given_up,
         tuple(dump.unasked()),
+        dump.machine.phdr_note_align is not None,
     )
     return {
         stage_state.MEANT: meant.encode(),

@@ -26,7 +26,8 @@ WHY = "why"  # stage 2 was gone back from
 class Meant(NamedTuple):
     """What stage 2 is to be, and the way back. *cmdline* is that of the capture kernel, *elfcorehdr* the physical
     address of its prepared header, *size* that of the vmcore in bytes; *given_up* the number of runs of readable memory
-    that had no room, and their bytes; *lost* what was left out because nothing told its state."""
+    that had no room, and their bytes; *lost* what was left out because nothing told its state. Without a /proc/vmcore
+    of the capture kernel nothing tells which p_align it gives its PT_NOTE (*knows_note_align*)."""
 
     cmdline: str
     elfcorehdr: int | None
@@ -35,6 +36,7 @@ class Meant(NamedTuple):
     initramfs: str | None
     given_up: tuple[int, int]
     lost: tuple[Range, ...]
+    knows_note_align: bool = True
 
     def encode(self) -> bytes:
         return json.dumps(self._asdict()).encode()

@@ -33,6 +33,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--init", metavar="FILE", help="use this as /init")
     parser.add_argument("--run", metavar="COMMAND", help="shell command with which the default /init saves the dump")
     parser.add_argument(
+        "--stage2",
+        metavar="VMLINUZ",
+        help="take in the capture kernel's own image, so that the default /init goes to stage 2 where it can",
+    )
+    parser.add_argument(
         "--add", metavar="SRC:DST", action="append", default=[], help="file or folder to add (repeatable)"
     )
     parser.add_argument("--python", metavar="PATH", help="interpreter to take in (default: the one this runs under)")
@@ -56,6 +61,8 @@ def _usage(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None
         parser.error("--sysroot needs --collector")
     if options.run is not None and options.init:
         parser.error("--run goes with the default /init, not with --init")
+    if options.stage2 and options.no_python:
+        parser.error("--stage2 is for oldmem, which --no-python leaves out")
     if not (options.output or options.size or options.list_files):
         parser.error("nothing to do: give -o, --size or --list-files")
     for pair in options.add:
@@ -70,6 +77,8 @@ def _build(options: argparse.Namespace) -> Builder:
     if not options.list_files:
         builder.add_busybox(options.busybox)
         builder.add_init(options.init, options.run)
+        if options.stage2:
+            builder.add_stage2(options.stage2)
     for collector in options.collector:
         builder.add_binary(collector, sysroot=options.sysroot)
     if options.module:

@@ -17,6 +17,7 @@ import tempfile
 from typing import NamedTuple
 
 from capture import newc
+from capture.boot_image import kernel_at
 from guard.errors import Error
 from initramfs.compress import compress, default_method
 from initramfs.elfdeps import Searcher, read_elf
@@ -253,6 +254,13 @@ class Builder:
         self.add_file("/init", script or os.path.join(_HERE, "init.sh"), 0o755, "base")
         if run is not None:
             self.add_bytes("/etc/oldmem-run", f"{run}\n".encode(), 0o644, "base")
+
+    def add_stage2(self, kernel: str) -> None:
+        """What ``oldmem init --via auto`` needs for stage 2, and the word that /init is to do that: the image *kernel*
+        of the capture kernel, where it is looked for. The initramfs itself is packed again by whom it runs."""
+        release = kernel_at(kernel).release
+        self.add_file(f"/boot/vmlinuz-{release}", kernel, 0o644, "stage 2")
+        self.add_bytes("/etc/oldmem-via", b"auto\n", 0o644, "stage 2")
 
     # What comes out.
 

@@ -31,7 +31,9 @@ if [ -e "$modules/modules.load" ]; then
 fi
 
 if [ -x /usr/bin/oldmem ]; then
-	oldmem init
+	via=fuse
+	[ -e /etc/oldmem-via ] && read -r via </etc/oldmem-via
+	oldmem init --via "$via"
 	status=$?
 	[ "$status" -eq 0 ] || tell "oldmem init ended with status $status"
 fi

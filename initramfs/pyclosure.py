@@ -109,10 +109,9 @@ class PythonClosure:
         """The files to pack. Raises Error when the program cannot be imported or reports what is no file."""
         searched = self._facts["path"]
         assert isinstance(searched, list)
-        script = os.path.join(_HERE, "_report.py")
-        answer = _literal(
-            self._interpreter, _run(self._interpreter, ["-S", "-E", "-s", script, *self._path, *map(str, searched)])
-        )
+        path = [os.path.join(_HERE, "lean"), *self._path, *map(str, searched)]
+        report = ["-S", "-E", "-s", os.path.join(_HERE, "_report.py"), *path]
+        answer = _literal(self._interpreter, _run(self._interpreter, report))
         modules, data = answer["modules"], answer["data"]
         assert isinstance(modules, list)
         assert isinstance(data, list)
