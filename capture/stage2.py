@@ -79,6 +79,8 @@ def plan(dump: Dump, options: Options) -> Plan:
     machine = dump.machine
     if not machine.live:
         raise Error("stage2 needs the machine itself: a recorded one has no kernel to go to")
+    if machine.header_is_the_kernels:
+        raise Error("this kernel built its header after the crash: there is none that stage2 could make better")
     if dump.shape is None or dump.layout != CUT or dump.mode != DYNAMIC:
         raise Error("stage2 builds its own header in layout cut: it takes no other layout and no preloaded one")
     running = running_cmdline()
@@ -222,11 +224,10 @@ def described(made: Plan, dump: Dump) -> Iterator[str]:
     yield f"initramfs: {made.initramfs}"
     need = needed(made, 2 * made.initramfs.least_size())
     yield f"memory: {bytes_text(available())} available, at least {bytes_text(need)} needed to load it"
-    yield (
-        "load: by kexec_file_load(2), else by kexec -c"
-        if not made.place.is_own_ram
-        else ("load: by kexec_file_load(2) if it tells its segments, else by kexec -c; none may lie over the header")
-    )
+    if made.place.is_own_ram:
+        yield "load: by kexec_file_load(2) if it tells its segments, else by kexec -c; none may lie over the header"
+    else:
+        yield "load: by kexec_file_load(2), else by kexec -c"
     yield f"command line: {made.cmdline}"
     for folder in mounted_for_writing():
         yield f"mounted for writing: {folder}, whose file system will find itself as after a crash"
