@@ -24,13 +24,17 @@ REQUIRED = re.compile(
 
 
 GUESTS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "vm", "")
+LATER_GUESTS = os.path.join(GUESTS, "test_stage2")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Two groups for two processes (make test): more than one guest at a time would only be slower, and tests that
-    count loop devices and mounts are not to meet each other."""
+    """Three groups for two processes (make test), given out in this order: what is no guest, a part of the guests, and
+    the other part to the process that is done first. A guest keeps one processor busy, and tests that count loop
+    devices and mounts are not to meet each other."""
     for item in items:
-        item.add_marker(pytest.mark.xdist_group("guests" if str(item.path).startswith(GUESTS) else "others"))
+        path = str(item.path)
+        group = "later guests" if path.startswith(LATER_GUESTS) else "guests" if path.startswith(GUESTS) else "others"
+        item.add_marker(pytest.mark.xdist_group(group))
 
 
 @pytest.hookimpl(wrapper=True)

@@ -135,6 +135,11 @@ class AnyGuest(ABC):
         self.ready = self.serial.wait_ready(timeout)
         return self.ready
 
+    def next_stage(self, command: str, timeout: float = 60) -> Ready:
+        """Has the capture kernel go to another one by *command*, and waits for that one's shell. Raises ConsoleError,
+        with what the command said, where it does not go."""
+        return self.crash(timeout, f"{command} 2>&1; echo status $?")
+
     def resize(self, name: str, size: int, timeout: float = 120) -> int:
         """Requests *size* bytes of device *name*; waits until they are plugged, or the guest has given up on the rest.
         Bytes plugged then."""
@@ -206,7 +211,8 @@ class Guest(AnyGuest):
     *kernel* is one of ``debian.SUITES``; *memory* the boot RAM in bytes, of which *below_4g* lie below 4 GiB and the
     rest from 4 GiB on; *online* the zone that added memory goes to ("movable": can be unplugged again; "kernel": the
     kernel uses it for itself too); *oldmem* whether the initramfs has Python and oldmem, *testing* whether it has
-    ``makedumpfile-testing``; *balloon* whether there is a virtio-balloon device (see :meth:`inflate`)."""
+    ``makedumpfile-testing``; *balloon* whether there is a virtio-balloon device (see :meth:`inflate`); *capture* the
+    capture kernel's initramfs, if that is to be another one."""
 
     capture_append = "console=ttyS0 irqpoll nr_cpus=1 reset_devices panic=-1 harness.capture"
 
@@ -224,10 +230,12 @@ class Guest(AnyGuest):
         oldmem: bool = True,
         testing: bool = False,
         balloon: bool = False,
+        capture: bytes | None = None,
     ) -> None:
         self.kernel = debian.kernel(kernel)
         self.devices = {device.name: device for device in devices}
         self._initramfs = images.initramfs(kernel, oldmem, testing)
+        self._capture_initramfs = self._initramfs if capture is None else capture
         self._memory = memory
         self._below_4g = min(below_4g, memory)
         self._smp = smp
@@ -237,11 +245,17 @@ class Guest(AnyGuest):
 
     @property
     def _capture(self) -> tuple[Path, bytes]:
-        return self.kernel.vmlinuz, self._initramfs
+        return self.kernel.vmlinuz, self._capture_initramfs
 
     def _start(self) -> Qemu:
         hardware = pc(self._memory, self._below_4g, tuple(self.devices.values()), self._smp, self._balloon)
         return Qemu(hardware, vmlinuz=self.kernel.vmlinuz, initramfs=self._initramfs, append=self._append)
+
+    def put_boot_files(self) -> None:
+        """Copies kernel and initramfs to where ``oldmem stage2`` looks for a Debian machine's."""
+        release = self.kernel.release
+        files: dict[str, Path | bytes] = {f"/boot/vmlinuz-{release}": self.kernel.vmlinuz}
+        self.put({**files, f"/var/lib/kdump/initrd.img-{release}": self._initramfs})
 
     def inflate(self, size: int, timeout: float = 60.0) -> None:
         """Has the guest's balloon driver (which the caller has loaded) give *size* bytes of boot RAM and of what is

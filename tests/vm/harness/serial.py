@@ -57,6 +57,10 @@ class Serial:
         match = self._wait(READY, timeout, "init of the next kernel")
         return Ready(match[1] == b"yes", match[2].decode(), float(match[3]))
 
+    def wait_said(self, pattern: str, timeout: float) -> str:
+        """Waits for what matches *pattern*, and returns its first group. Raises ConsoleError."""
+        return self._wait(re.compile(pattern.encode()), timeout, f"`{pattern}`")[1].decode()
+
     def run(self, command: str, timeout: float) -> Result:
         """Runs *command* with sh in the guest. Raises ConsoleError."""
         begin, end = self._markers()
