@@ -250,7 +250,7 @@ def cmd_stage2(args: argparse.Namespace) -> int:
     plan = stage2.plan(dump, _stage2_options(args))
     if args.dry_run:
         print("\n".join(stage2.described(plan, dump)))
-        return INCOMPLETE if plan.given_up.runs or dump.unasked() else DONE
+        return INCOMPLETE if plan.given_up.runs or stage2.left_out(dump) else DONE
     _go(dump, plan, args)
     return FAILED
 

@@ -131,7 +131,7 @@ def _placed(dump: Dump, shape: Shape, prepared: Prepared, wanted: str | None) ->
             if wanted:
                 raise
             why_not = str(e)
-    ranges, runs, size = memory_map.largest(dump.readable_runs(), most)
+    ranges, runs, size = memory_map.largest(servable_runs(dump), most)
     if in_place:
         room = max(0, min(prepared.most(in_place.room) - len(text), most))
         if len(ranges) > room:
@@ -151,8 +151,26 @@ def _cut(place: Place, why: str, dump: Dump, text: list[Load], room: int) -> tup
     if room <= 0:
         raise Error(f"no room for a PT_LOAD {place.what}: {why}")
     assert dump.shape is not None
-    ranges, runs, size = memory_map.largest(dump.readable_runs(), room)
+    ranges, runs, size = memory_map.largest(servable_runs(dump), room)
     return place, why, text + [dump.shape.load(r) for r in ranges], GivenUp(runs, size)
+
+
+def gated_by_driver(dump: Dump) -> RangeSet:
+    """Regions of virtio-mem devices that only the driver of this kernel gates, page by page while it is read: nothing
+    tells what of them may stand in a header, and nothing that the next kernel has such a driver in time."""
+    return RangeSet(device.region for device in dump.machine.devices if device.gated_by_kernel)
+
+
+def servable_runs(dump: Dump) -> Iterator[Range]:
+    """What may be read of old memory by who asks no guard, ascending."""
+    gated = gated_by_driver(dump)
+    for run in dump.readable_runs():
+        yield from RangeSet([run]) - gated if gated else (run,)
+
+
+def left_out(dump: Dump) -> RangeSet:
+    """What was RAM and is in no PT_LOAD because nothing tells its state."""
+    return dump.unasked() | dump.registry.ram(gated_by_driver(dump))
 
 
 def text_loads(dump: Dump, shape: Shape) -> Iterator[Load]:
@@ -231,8 +249,8 @@ def described(made: Plan, dump: Dump) -> Iterator[str]:
     yield f"command line: {made.cmdline}"
     for folder in mounted_for_writing():
         yield f"mounted for writing: {folder}, whose file system will find itself as after a crash"
-    if dump.unasked():
-        yield f"not asked about: {dump.unasked()}, which is left out"
+    if lost := left_out(dump):
+        yield f"left out: {lost}, of which nothing tells what is plugged"
 
 
 def go(made: Plan, dump: Dump) -> None:
@@ -291,7 +309,7 @@ def _state(made: Plan, dump: Dump) -> dict[str, bytes]:
         made.kernel.path,
         made.initramfs.path,
         made.given_up,
-        tuple(dump.unasked()),
+        tuple(left_out(dump)),
         dump.machine.phdr_note_align is not None,
     )
     return {

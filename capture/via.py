@@ -37,6 +37,9 @@ def choose(dump: Dump, command: Sequence[str], options: stage2.Options) -> Choic
     if plan.given_up.runs:
         size = bytes_text(plan.given_up.size)
         return Choice(FUSE, f"{why_not_run}; stage 2 has no room for {plan.given_up.runs} runs of {size}")
+    if gated := dump.registry.ram(stage2.gated_by_driver(dump)):
+        size = bytes_text(gated.size)
+        return Choice(FUSE, f"{why_not_run}; stage 2 would leave out {size} that the kernel's own driver gates")
     if mounted := stage2.mounted_for_writing():
         return Choice(FUSE, f"{why_not_run}; no stage 2 while {mounted[0]} is mounted for writing")
     return Choice(STAGE2, f"{why_not_run}; the kernel itself can serve {len(plan.loads)} PT_LOADs", plan)

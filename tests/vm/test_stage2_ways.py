@@ -107,11 +107,18 @@ def test_without_image_or_signature_or_a_tool_the_vmcore_is_served_over_fuse(cra
     status, said = g.run("mv /usr/bin/kexec /usr/bin/kexec.away; oldmem stage2 -q")
     assert "; no kexec-tools" in said
     assert served_as_before(g, before)
-    status, said = g.run("oldmem init --via auto -q")
+    status, said = g.run("oldmem init --via auto -q; s=$?; umount /proc/vmcore /run/oldmem; exit $s")
     assert status == 4, "the device could not be asked under lockdown"
     assert "stage2: no command that could take a library; the kernel itself can serve" in said
     assert "warning: no stage 2: kexec_file_load(2): Operation not permitted" in said
     assert "over FUSE instead" in said
+    g.sh("modprobe virtio_mem; sleep 1")
+    status, said = g.run("oldmem stage2 -n -q")
+    assert status == 4
+    start = g.plug_truth()["vm0"].memaddr
+    assert f"left out: {Range(start, start + 256 * MiB)}, of which nothing tells what is plugged" in said
+    said = g.sh("oldmem init --via auto -q")
+    assert "fuse: no command that could take a library; stage 2 would leave out 256M that the kernel's own" in said
     assert g.sh("head -c 4 /proc/vmcore | od -An -tx1").split() == ["7f", "45", "4c", "46"]
 
 
