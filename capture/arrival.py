@@ -84,8 +84,8 @@ class Arrival:
     def go_back(self, why: str) -> NoReturn:
         """To the capture kernel with the header that it had. Raises Error if there is no way."""
         meant = self._meant()
-        kernel = boot_image.find_kernel(meant.kernel, os.uname().release)
-        initramfs = boot_image.find_initramfs(meant.initramfs, kernel.release)
+        kernel = boot_image.find_kernel(_if_there(meant.kernel), os.uname().release)
+        initramfs = boot_image.find_initramfs(_if_there(meant.initramfs), kernel.release)
         line = cmdline.rewritten(meant.cmdline, (cmdline.STAGE,), [f"{cmdline.STAGE}={BACK}"])
         fd = os.memfd_create("oldmem initramfs")
         try:
@@ -105,6 +105,11 @@ class Arrival:
             kexec.unload()
             raise
         raise AssertionError
+
+
+def _if_there(path: str | None) -> str | None:
+    """What the stage before had found or been given may be on a file system that is not mounted yet."""
+    return path if path and os.path.exists(path) else None
 
 
 def arrived() -> Arrival | None:

@@ -271,12 +271,12 @@ def _load(made: Plan, fd: int) -> None:
     for _ in range(TRIES):
         image = kexec.Image(made.kernel.path, fd, made.cmdline)
         loaded = kexec.load(image, made.place.is_own_ram)
-        if not isinstance(made.place, Pinned) or loaded.segments is None:
-            return
         header = RangeSet([(made.place.addr, made.place.addr + made.place.room)])
-        if not loaded.segments & header:
+        if loaded.segments is None or not loaded.segments & header:
             return
         kexec.unload()
+        if not isinstance(made.place, Pinned):
+            raise Error(f"{loaded.by}: a segment lies over the header's place, which is no RAM of this kernel")
         made.place.choose(loaded.segments)
     raise Error(f"segments lie over the header in each of {TRIES} places that were tried for it")
 

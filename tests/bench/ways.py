@@ -6,7 +6,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 from tests.vm.harness import ConsoleError, Device, Guest, GuestError, MiB
@@ -57,24 +58,21 @@ class Cost(NamedTuple):
     copy: float
 
 
-def boot(crashkernel: str, way: Way) -> Guest:
-    """A guest about to crash. Close it."""
+@contextmanager
+def boot(crashkernel: str, way: Way) -> Iterator[Guest]:
+    """A guest about to crash."""
     memory, below = 1280 * MiB, 1024 * MiB
-    g = Guest("6.12", memory=memory, below_4g=below, crashkernel=crashkernel, devices=(DEVICE,), testing=True)
-    g.__enter__()
-    try:
+    devices = (DEVICE,)
+    with Guest("6.12", memory=memory, below_4g=below, crashkernel=crashkernel, devices=devices, testing=True) as g:
         g.load("s", way.append)
-    except BaseException:
-        g.close()
-        raise
-    return g
+        yield g
 
 
 def hand_over(g: Guest, way: Way) -> float:
     """Crash the guest; seconds until a collector can start. What stage 2 goes to, a capture initramfs would have
     brought along: copying it in does not count."""
     start = time.monotonic()
-    g.crash()
+    g.crash(timeout=45)
     before = time.monotonic() - start
     if way.prepare is stage2:
         g.put_boot_files()

@@ -55,6 +55,12 @@ def test_a_header_that_the_kernel_does_not_take_sends_back_once_to_the_vmcore_as
     g.put_boot_files()
     g.next_stage(f"{command} {place}")
     assert not g.ready.vmcore
+    # no way back: served here
+    status, said = g.run("oldmem init")
+    assert status in (0, 4), said  # what /proc/vmcore alone shows ("RAM buffer") may be lost
+    assert f"warning: no image of this kernel ({g.kernel.release}): none of " in said
+    assert "; the vmcore is put in place here" in said
+    g.sh("head -c 4 /run/oldmem/vmcore | grep -q ELF && umount /run/oldmem")
     g.put_boot_files()
     g.next_stage("oldmem init")
     assert g.ready.vmcore
