@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import pairwise
 
 import pytest
@@ -266,3 +267,41 @@ def test_map_of_a_device_in_tens_of_thousands_of_pieces_is_made_at_once() -> Non
     memory_map.install_rules(registry, env, NONE, [d])
     found = list(memory_map.entries(registry, env, [d], {d.name: d.plugged}))
     assert len(found) == (1 << 17) + 1
+
+
+sized = st.lists(st.tuples(st.integers(1, 9), st.integers(1, 3)), max_size=40)
+
+
+@given(sized, st.integers(0, 12))
+def test_largest_runs_are_kept_and_all_others_counted(sizes: list[tuple[int, int]], most: int) -> None:
+    runs, at = [], 0
+    for size, gap in sizes:
+        runs.append(Range(at + gap, at + gap + size))
+        at += gap + size
+    kept, others, size_of_others = memory_map.largest(iter(runs), most)
+    assert kept == [run for run in runs if run in kept]
+    assert sorted(run.size for run in kept) == sorted(run.size for run in runs)[max(0, len(runs) - most) :]
+    gone = [run for run in runs if run not in kept]
+    assert (others, size_of_others) == (len(gone), sum(run.size for run in gone))
+
+
+@pytest.mark.parametrize("most", [0, 10])
+def test_largest_of_very_many_runs_takes_no_list_of_them_all(most: int) -> None:
+    alive, most_alive = 0, 0
+
+    class Counted(Range):
+        def __del__(self) -> None:
+            nonlocal alive
+            alive -= 1
+
+    def runs() -> Iterator[Range]:
+        nonlocal alive, most_alive
+        for i in range(5000):
+            alive += 1
+            most_alive = max(alive, most_alive)
+            yield Counted(i * 100, i * 100 + i * 7919 % 97 + 1)
+
+    kept, others, _ = memory_map.largest(runs(), most)
+    assert (len(kept), others) == (most, 5000 - most)
+    assert all(run.size == 97 for run in kept)
+    assert most_alive < 100

@@ -107,3 +107,53 @@ def test_a_path_the_format_cannot_carry_is_refused(path: str) -> None:
 def test_a_path_given_twice_is_refused() -> None:
     with pytest.raises(Error, match="etc: twice"):
         newc.archive([Entry("etc", DIR), Entry("etc", FILE, b"x")])
+
+
+links = st.lists(
+    st.tuples(names.filter(lambda name: name != newc.TRAILER), st.integers(1, 3)), unique_by=lambda m: m[0]
+)
+
+
+@given(links, st.lists(st.binary(min_size=1, max_size=9), min_size=4, max_size=4))
+def test_members_of_one_number_are_read_back_with_it_and_the_archive_is_whole_blocks(
+    members: list[tuple[str, int]], data: list[bytes]
+) -> None:
+    parts: list[bytes] = []
+    expected: list[Entry] = []
+    seen: set[int] = set()
+    for path, ino in members:
+        entry = Entry(path, FILE, b"" if ino in seen else data[ino])
+        seen.add(ino)
+        parts.append(newc.member(ino, entry, linked=True))
+        expected.append(entry)
+    whole = b"".join(parts) + newc.trailer(sum(map(len, parts)))
+    assert read_back(whole) == (expected, [ino for _, ino in members], [0] * len(members))
+    assert len(whole) % newc.BLOCK == 0
+    assert all(int(part[6 + 8 * 4 : 6 + 8 * 5], 16) == 2 for part in parts)
+
+
+@pytest.mark.skipif(shutil.which("cpio") is None, reason="no cpio tool")
+def test_the_cpio_tool_makes_one_file_of_linked_members_and_its_data_are_the_first_ones(tmp_path: Path) -> None:
+    parts = [
+        newc.member(1, Entry("one", FILE, b"data"), True),
+        newc.member(2, Entry("other", FILE, b"more"), True),
+        newc.member(1, Entry("two", FILE), True),
+        newc.member(3, Entry("alone", FILE)),
+        newc.member(1, Entry("three", FILE), True),
+    ]
+    data = b"".join(parts) + newc.trailer(sum(map(len, parts)))
+    subprocess.run(["cpio", "-idm", "--quiet"], input=data, cwd=tmp_path, check=True, timeout=60)
+    content = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert content == {"one": b"data", "two": b"data", "three": b"data", "other": b"more", "alone": b""}
+    inodes = {name: (tmp_path / name).stat().st_ino for name in content}
+    assert inodes["one"] == inodes["two"] == inodes["three"]
+    assert len(set(inodes.values())) == 3
+
+
+def test_file_of_more_than_the_format_counts_is_refused() -> None:
+    class Huge(bytes):
+        def __len__(self) -> int:
+            return 1 << 32
+
+    with pytest.raises(Error, match=r"^core: 4294967296 bytes do not fit the cpio format"):
+        newc.member(1, Entry("core", FILE, Huge()))

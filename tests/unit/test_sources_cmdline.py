@@ -122,3 +122,61 @@ def test_every_address_and_size_comes_back(addr: int, size: int) -> None:
 def test_arbitrary_bytes_never_raise(data: bytes, parameter: bool) -> None:
     line = cmdline.parse(b"elfcorehdr=" * parameter + data, "cmdline", Problems())
     assert line.elfcorehdr is None or 0 <= line.elfcorehdr.addr < 1 << 64
+
+
+# ---- the next kernel's command line
+
+DROPPED = ("elfcorehdr", "oldmem.stage")
+OURS = ["memmap=64K$0x1000000", "elfcorehdr=0x1000000", "oldmem.stage=2"]
+
+REWRITTEN = [
+    ("", " ".join(OURS)),
+    ("quiet  elfcorehdr=1\tnr_cpus=1\n", f"quiet nr_cpus=1 {' '.join(OURS)}"),
+    ('root="/dev/a b" "elfcorehdr=1 2" elfcorehdr="3"', f'root="/dev/a b" {" ".join(OURS)}'),
+    ("oldmem.stage elfcorehdr oldmem.stage=back", " ".join(OURS)),
+    ("quiet -- elfcorehdr=1 x", f"quiet {' '.join(OURS)} -- elfcorehdr=1 x"),
+    ('quiet "--" x', f'quiet {" ".join(OURS)} "--" x'),
+    ("elfcorehdrs=1 oldmem.stages=2 a--b", f"elfcorehdrs=1 oldmem.stages=2 a--b {' '.join(OURS)}"),
+]
+
+
+@pytest.mark.parametrize(("line", "expected"), REWRITTEN)
+def test_ours_are_put_in_and_all_else_stays_as_it_is_written(line: str, expected: str) -> None:
+    assert cmdline.rewritten(line, DROPPED, OURS) == expected
+
+
+plain = st.text(st.sampled_from('abc=.-_$@0x1"\u00e9\udcff'), min_size=1, max_size=6)
+quoted = st.text(st.sampled_from("ab= \t"), max_size=6).map(lambda text: f'"{text}"')
+words = st.one_of(
+    plain.filter(lambda word: word.count('"') % 2 == 0 and not word.replace('"', "").startswith("--=")),
+    st.tuples(plain.map(lambda word: word.replace('"', "")), quoted).map("=".join),
+    st.sampled_from(["elfcorehdr", "oldmem.stage", "iomem"]).flatmap(
+        lambda name: st.one_of(st.just(name), quoted.map(lambda value: f"{name}={value}"), st.just(f"{name}=7K@9"))
+    ),
+    st.sampled_from(['"elfcorehdr=1 2"', '"oldmem.stage=2"', "iomem=relaxed", "--"]),
+)
+
+
+def name_of(word: str) -> str:
+    return word.replace('"', "").partition("=")[0]
+
+
+@given(st.lists(words, max_size=8), st.sampled_from([" ", "  ", "\t", "\n "]))
+def test_kernel_finds_exactly_ours_whatever_the_line_was(line: list[str], between: str) -> None:
+    made = cmdline.rewritten(between.join(line), DROPPED, OURS)
+    found = cmdline.parse(made.encode("utf-8", "surrogateescape"), "cmdline", Problems())
+    assert (found.elfcorehdr, found.stage) == (Elfcorehdr(0x1000000, None), "2")
+    assert found.iomem_relaxed == parse(" ".join(line).encode("ascii", "ignore").decode())[0].iomem_relaxed
+    lone = next((i for i, word in enumerate(line) if word.replace('"', "") == "--"), len(line))
+    kept = [word for word in line[:lone] if name_of(word) not in DROPPED]
+    assert made == " ".join([*kept, *OURS, *line[lone:]])
+    assert cmdline.rewritten(made, [*DROPPED, "memmap"], OURS) == made
+
+
+@pytest.mark.parametrize(
+    ("line", "stage"),
+    [("quiet", None), ("oldmem.stage=2 oldmem.stage=back", "back"), ('"oldmem.stage=2"', "2"), ("oldmem.stage", "")],
+)
+def test_stage_is_the_last_one_that_is_told(line: str, stage: str | None) -> None:
+    assert cmdline.stage_of(line) == stage
+    assert cmdline.stage_of(f"name=\udcff {line} -- oldmem.stage=x") == stage

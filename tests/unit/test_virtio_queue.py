@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import mmap
 import os
+import struct
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from guard.errors import DeviceError
-from guard.pinned import PAGE_SIZE, PinnedPage
+from guard.pinned import PAGE_SIZE, PinnedPage, address, frames, lock
 from guard.virtio_queue import queue_layout
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="pagemap shows pfns to root only")
@@ -82,6 +84,55 @@ def test_page_that_moved_is_noticed_until_its_address_is_taken_anew(
         pagemap.entry = b"\0\0\0"
         with pytest.raises(DeviceError, match="3 bytes read instead of 8"):
             page.check_still_there()
+
+
+PRESENT = 1 << 63
+
+
+def pagemap_of(path: Path, *entries: int) -> str:
+    """A pagemap of a process whose pages from 0 on have these entries."""
+    path.write_bytes(struct.pack(f"={len(entries)}Q", *entries))
+    return str(path)
+
+
+def test_frames_are_the_pfns_of_the_pages_asked_for(tmp_path: Path) -> None:
+    path = pagemap_of(tmp_path / "pagemap", *(PRESENT | 1 << 55 | pfn for pfn in (9, 7, (1 << 55) - 1, 3)), 0)
+    assert frames(0, 4, path) == [9, 7, (1 << 55) - 1, 3]
+    assert frames(PAGE_SIZE, 2, path) == [7, (1 << 55) - 1]
+    assert frames(2 * PAGE_SIZE + 5, 1, path) == [(1 << 55) - 1]
+
+
+@needs_root
+def test_frames_of_locked_pages_are_those_of_pagemap() -> None:
+    memory = mmap.mmap(-1, 9 * PAGE_SIZE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    vaddr = address(memory)
+    lock(vaddr, 9 * PAGE_SIZE)
+    with open("/proc/self/pagemap", "rb", buffering=0) as file:
+        file.seek(vaddr // PAGE_SIZE * 8)
+        raw = file.read(9 * 8)
+    assert frames(vaddr, 9) == [entry & (1 << 55) - 1 for (entry,) in struct.iter_unpack("=Q", raw)]
+    memory.close()
+
+
+@pytest.mark.parametrize(
+    ("entry", "words"),
+    [
+        (PRESENT, "the kernel hides the pfn"),
+        (1 << 62 | 5, "a locked page is not present"),
+        (0, "a locked page is not present"),
+    ],
+)
+def test_one_page_without_a_known_frame_spoils_all(entry: int, words: str, tmp_path: Path) -> None:
+    path = pagemap_of(tmp_path / "pagemap", PRESENT | 1, PRESENT | 2, entry, PRESENT | 3)
+    with pytest.raises(DeviceError, match=f"^{path}: {words}"):
+        frames(0, 4, path)
+    with pytest.raises(DeviceError, match=f"^{path}: 8 bytes read instead of 16 for 2 locked pages$"):
+        frames(3 * PAGE_SIZE, 2, path)
+
+
+def test_memory_that_cannot_be_locked_is_a_device_error() -> None:
+    with pytest.raises(DeviceError, match=rf"^cannot lock {PAGE_SIZE} bytes of memory: Cannot allocate memory$"):
+        lock(0, PAGE_SIZE)
 
 
 def test_missing_pagemap_is_a_device_error(tmp_path: Path) -> None:
