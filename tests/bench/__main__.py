@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from initramfs.builder import Builder
-from tests.bench import guard, memmap, s390x
+from tests.bench import guard, memmap, s390x, ways
 from tests.bench.footprint import footprint
 from tests.vm.harness import Device, Guest, MiB, missing, prefetch
 
@@ -151,13 +151,17 @@ def struct_pages() -> None:
     memmap.report(row)
 
 
+def whole_ways() -> None:
+    ways.report(row)
+
+
 def main() -> int:
     steps: list[Callable[[], None]] = [sizes, guard_from_c, struct_pages, large_header]
     if reason := missing():
         print(f"bench: no guests: {reason}", file=sys.stderr)
     else:
         prefetch()
-        steps += [plug_queries, serving]
+        steps += [plug_queries, serving, whole_ways]
     row("what", "measured", "budget")
     for step in steps:
         step()
