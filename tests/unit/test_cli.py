@@ -100,7 +100,7 @@ def test_error_is_status_1_and_one_line(monkeypatch: pytest.MonkeyPatch, capsys:
     def fail(_: object) -> int:
         raise Error("file: what and why")
 
-    monkeypatch.setattr(cli, "cmd_check", fail)
+    monkeypatch.setitem(cli.COMMANDS, "check", fail)
     assert cli.run(["check", "x"]) == 1
     assert capsys.readouterr() == ("", "oldmem: file: what and why\n")
 
@@ -111,7 +111,7 @@ def test_no_memory_is_status_1_and_one_line(
     def fail(_: object) -> int:
         raise MemoryError
 
-    monkeypatch.setattr(cli, "cmd_check", fail)
+    monkeypatch.setitem(cli.COMMANDS, "check", fail)
     assert cli.run(["check", "x"]) == 1
     assert capsys.readouterr().err == "oldmem: out of memory\n"
 
@@ -122,7 +122,7 @@ def test_interrupt_is_status_130_without_a_word(
     def fail(_: object) -> int:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "cmd_check", fail)
+    monkeypatch.setitem(cli.COMMANDS, "check", fail)
     assert cli.run(["check", "x"]) == 130
     assert capsys.readouterr() == ("", "")
 

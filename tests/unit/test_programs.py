@@ -70,6 +70,7 @@ def elf(*kinds: int, order: str = "<", bits: int = 2, offset: int = 64, size: in
         ({"kinds": (1, 3), "offset": 256}, False),
         ({"kinds": (1, 1), "offset": 4000}, True),
         ({"kinds": (1, 1), "bits": 1}, False),
+        ({"kinds": (1, 1), "size": 0}, True),
     ],
 )
 def test_program_without_an_interpreter_is_static(
