@@ -44,14 +44,18 @@ class Arrival:
         return lines + [f"{r} was RAM and is left out: nothing tells its state" for r in meant.lost]
 
     def _meant(self) -> Meant:
-        if stage_state.MEANT not in self._state:
-            raise Error(f"{stage_state.STATE}/{stage_state.MEANT} is not there: nothing tells what was meant")
-        return stage_state.decode(self._state[stage_state.MEANT])
+        return stage_state.decode(self._left(stage_state.MEANT))
+
+    def _left(self, name: str) -> bytes:
+        if not self._state.get(name):
+            raise Error(f"{stage_state.STATE}/{name} is not there: nothing tells what was meant")
+        return self._state[name]
 
     def verify(self, path: str = procvmcore.PATH) -> str:
         """What is wrong with the kernel's vmcore; "" if it begins, and ends, as was meant. Raises Error where nothing
         tells what was meant."""
-        meant, facts = self._state.get(stage_state.HEAD, b""), self._meant()
+        facts = self._meant()
+        meant = self._left(stage_state.HEAD)
         try:
             with open(path, "rb", buffering=0) as file:
                 size = os.fstat(file.fileno()).st_size

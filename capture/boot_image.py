@@ -171,7 +171,7 @@ def _packed(top: str) -> Iterator[bytes]:
     for number, (path, status) in enumerate(_walk(top), 1):
         name = os.path.relpath(path, top)
         data, rdev = b"", (0, 0)
-        linked = stat.S_ISREG(status.st_mode) and status.st_nlink > 1
+        linked = stat.S_ISREG(status.st_mode) and status.st_nlink > 1 and status.st_dev == os.lstat(top).st_dev
         try:
             if stat.S_ISLNK(status.st_mode):
                 data = os.fsencode(os.readlink(path))

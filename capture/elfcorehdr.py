@@ -69,15 +69,17 @@ def prepare(shape: Shape, memory: Memory) -> Prepared:
     The kernel merges notes in the order of their PT_NOTEs, so from the first copied one on all are copied."""
     there: list[Note] = []
     for note in shape.notes:
-        if note.paddr is None or not _holds(memory, note.paddr, note.data + EMPTY_NOTE[:4]):
+        if note.paddr is None or not _holds(memory, note.paddr, note.data):
             break
         there.append(note)
     copied = b"".join(note.data for note in shape.notes[len(there) :])
     return Prepared(shape, tuple(there), copied)
 
 
-def _holds(memory: Memory, paddr: int, data: bytes) -> bool:
+def _holds(memory: Memory, paddr: int, notes: bytes) -> bool:
+    """Are *notes* there, and behind them what ends them? All that the kernel will read must be readable."""
+    ended = notes + EMPTY_NOTE[:4]  # of an empty note n_namesz alone counts
     try:
-        return memory.read(paddr, len(data)) == data
+        return memory.read(paddr, len(notes) + len(EMPTY_NOTE))[: len(ended)] == ended
     except ReadError:
         return False

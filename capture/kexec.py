@@ -98,7 +98,11 @@ def _by_file(image: Image, tell: bool) -> Loaded:
             os.close(kernel)
         if error:
             raise Error(f"kexec_file_load(2): {error}")
-        return Loaded("kexec_file_load(2)", _logged_segments(log) if tell else None)
+        segments = _logged_segments(log) if tell else None
+        if tell and not segments:
+            unload()
+            raise Error("kexec_file_load(2): the kernel's log does not tell where the segments are")
+        return Loaded("kexec_file_load(2)", segments)
     except OSError as e:
         raise Error(f"{e.filename or _KMSG}: {e.strerror}") from None
     finally:
@@ -127,19 +131,16 @@ def _in_child(call: Callable[[], int]) -> str:
 
 
 def _logged_segments(log: int) -> RangeSet:
-    """What the kernel has logged since *log* was at its end. Raises Error where it does not tell all segments."""
+    """What the kernel has logged since *log* was at its end; nothing where it does not tell all segments."""
     text = ""
     try:
         while record := os.read(log, 8192):
             text += record.decode("ascii", "replace")
-    except BlockingIOError:
-        pass
+    except OSError:
+        pass  # EAGAIN: that was all; EPIPE: records were overwritten, and the count below tells
     found = [_span(m) for m in _KERNEL_SEGMENT.finditer(text)]
     count = _KERNEL_COUNT.search(text)
-    if not found or count is None or int(count[1]) != len(found):
-        unload()
-        raise Error("kexec_file_load(2): the kernel's log does not tell where the segments are")
-    return RangeSet(found)
+    return RangeSet(found) if count and int(count[1]) == len(found) else RangeSet()
 
 
 def _by_tools(image: Image, want_segments: bool) -> Loaded:

@@ -16,7 +16,7 @@ EI_CLASS, EI_DATA, ELFCLASS64, ELFDATA2MSB, PT_INTERP = 4, 5, 2, 2, 3  # include
 def find(name: str) -> str | None:
     """Path of the program *name*, also where root's programs are if PATH leaves them out."""
     places = [os.path.join(folder, name) for folder in (*os.get_exec_path(), "/usr/sbin", "/sbin")]
-    return next((path for path in places if os.access(path, os.X_OK)), None)
+    return next((path for path in places if os.access(path, os.X_OK) and not os.path.isdir(path)), None)
 
 
 def is_static(command: str) -> bool:

@@ -92,6 +92,9 @@ def plan(dump: Dump, options: Options) -> Plan:
     kernel = boot_image.find_kernel(options.kernel, os.uname().release)
     initramfs = boot_image.find_initramfs(options.initramfs, kernel.release)
     prepared = elfcorehdr.prepare(dump.shape, ExactMemory(dump.memory))
+    if not (prepared.there or prepared.copied):
+        # fs/proc/vmcore.c:merge_note_headers_elf64() has no room for notes then, and gives up
+        raise Error("nothing is known of the dead kernel's notes: of a header without any no kernel makes a vmcore")
     place, why_not, loads, given_up = _placed(dump, dump.shape, prepared, options.place)
     made = Plan(place, why_not, prepared, loads, dump.served(dump.shape, loads), given_up, kernel, initramfs, running)
     _check_cmdline(made)
@@ -102,8 +105,8 @@ def _check_cmdline(made: Plan) -> None:
     """A kernel that does not find elfcorehdr= there is none of kdump's: its virtio_mem driver would unplug all memory.
     Raises Error where it would not find what is meant."""
     line, most = os.fsencode(made.cmdline), made.kernel.most_cmdline
-    if len(line) > most:
-        raise Error(f"a command line of {len(line)} bytes, of which {made.kernel.path} takes {most}")
+    if len(line) >= most:  # kexec counts the NUL too
+        raise Error(f"a command line of {len(line)} bytes, of which {made.kernel.path} takes {most - 1}")
     found = cmdline.parse(line, "", Problems())
     if found.elfcorehdr is None or found.elfcorehdr.addr != made.place.addr or found.stage != HERE:
         raise Error(f"the next kernel would not find its header by the command line {made.cmdline!r}")
@@ -121,7 +124,7 @@ def running_cmdline() -> str:
 def _placed(dump: Dump, shape: Shape, prepared: Prepared, wanted: str | None) -> tuple[Place, str, list[Load], GivenUp]:
     """In place if all fits there; else in pinned pages, which have room for more; only then are runs given up."""
     text = list(text_loads(dump, shape))
-    most = MAX_LOADS - len(text)
+    most = max(0, MAX_LOADS - len(text))
     in_place: InPlace | None = None
     why_not = ""
     if wanted != "pinned":
@@ -180,10 +183,10 @@ def text_loads(dump: Dump, shape: Shape) -> Iterator[Load]:
     start, distance = shape.text.paddr, shape.text.vaddr - shape.text.paddr
     page = dump.machine.page_size
     end = start + shape.text.size
-    for run, rule in dump.registry.verdicts(start & -page, (end + page - 1) & -page):
-        if rule is None:
-            piece = Range(max(run.start, start), min(run.end, end))
-            yield Load(piece.start, piece.start + distance, piece.size, shape.text.align)
+    whole = RangeSet([(start & -page, (end + page - 1) & -page)])
+    for run in dump.registry.ram(whole) - gated_by_driver(dump):
+        piece = Range(max(run.start, start), min(run.end, end))
+        yield Load(piece.start, piece.start + distance, piece.size, shape.text.align)
 
 
 def needed(made: Plan, initramfs_size: int) -> int:

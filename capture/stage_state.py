@@ -46,12 +46,34 @@ def decode(data: bytes) -> Meant:
     """Raises Error where it is not what :meth:`Meant.encode` writes."""
     try:
         found: dict[str, Any] = json.loads(data)
-        meant = Meant(**found)
-        runs, size = meant.given_up
-        lost = tuple(Range(int(start), int(end)) for start, end in meant.lost)
-        return meant._replace(given_up=(int(runs), int(size)), lost=lost)
-    except (ValueError, TypeError) as e:
-        raise Error(f"{STATE}/{MEANT}: not what the stage before writes: {e}") from None
+        if found.keys() - set(Meant._fields):
+            raise KeyError
+        lost = tuple(Range(_int(start), _int(end)) for start, end in found["lost"])
+        runs, size = found["given_up"]
+        return Meant(
+            _text(found["cmdline"]),
+            None if found["elfcorehdr"] is None else _int(found["elfcorehdr"]),
+            _int(found["size"]),
+            _text(found["kernel"]),
+            None if found["initramfs"] is None else _text(found["initramfs"]),
+            (_int(runs), _int(size)),
+            lost,
+            bool(found.get("knows_note_align", True)),
+        )
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as e:
+        raise Error(f"{STATE}/{MEANT}: not what the stage before writes: {type(e).__name__}") from None
+
+
+def _int(value: object) -> int:
+    if not isinstance(value, int):
+        raise TypeError
+    return value
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError
+    return value
 
 
 def archive(files: Mapping[str, bytes]) -> bytes:

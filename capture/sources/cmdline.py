@@ -89,11 +89,10 @@ def rewritten(line: str, dropped: Container[str], parameters: Sequence[str]) -> 
     kept, behind = [], []
     words = _words(line)
     for i, word in enumerate(words):
-        name, _, _ = _unquoted(word).partition("=")
-        if name == "--":
+        if _unquoted(word) == "--":
             behind = words[i:]
             break
-        if name not in dropped:
+        if _unquoted(word).partition("=")[0] not in dropped:
             kept.append(word)
     return " ".join([*kept, *parameters, *behind])
 

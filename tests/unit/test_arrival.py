@@ -93,6 +93,8 @@ def test_without_word_of_what_was_meant_nothing_can_be_told() -> None:
         _ = arrived(None).incomplete
     with pytest.raises(Error, match="not what the stage before writes"):
         Arrival("2", {stage_state.MEANT: b"{"}).verify()
+    with pytest.raises(Error, match=r"^/etc/oldmem-stage/vmcore.head is not there"):
+        Arrival("2", {stage_state.MEANT: MEANT.encode()}).verify()
 
 
 def test_what_the_vmcore_lacks_is_told_line_by_line() -> None:

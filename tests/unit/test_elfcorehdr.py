@@ -113,6 +113,16 @@ def test_note_whose_end_is_behind_a_page_that_cannot_be_read_is_copied() -> None
     assert elfcorehdr.prepare(shape, memory).copied == data
 
 
+def test_note_is_copied_where_not_all_that_the_kernel_reads_behind_it_can_be_read() -> None:
+    memory = FakeMemory()
+    data = struct.pack("<III", 4, PAGE - 20, 1) + b"abc\0" + bytes(PAGE - 20)
+    memory.write(NOTES_AT, data + EMPTY_NOTE)  # the empty note begins four bytes before the border
+    shape = Shape(62, "<", None, 0, (Note(data, NOTES_AT),), 0, 4)
+    assert elfcorehdr.prepare(shape, memory).copied == b""
+    memory.drop(NOTES_AT + PAGE)
+    assert elfcorehdr.prepare(shape, memory).copied == data
+
+
 @given(cases(), st.integers(0, 60))
 def test_size_is_that_of_what_is_built(case: Case, n: int) -> None:
     prepared = elfcorehdr.prepare(case.shape, case.memory)

@@ -194,6 +194,19 @@ def test_load_whose_segments_are_not_all_told_is_undone(says: str, world: World,
     assert not kexec.is_loaded()
 
 
+def test_log_that_was_overwritten_meanwhile_undoes_the_load(
+    world: World, image: Image, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def overtaken(_fd: int, _size: int) -> bytes:
+        raise BrokenPipeError  # EPIPE of /dev/kmsg
+
+    world.tool("no segments", "exit 1")
+    monkeypatch.setattr("os.read", overtaken)
+    with pytest.raises(Error, match=r"kexec_file_load\(2\): the kernel's log does not tell where the segments are; "):
+        kexec.load(image, True)
+    assert not kexec.is_loaded()
+
+
 def test_tools_that_do_not_tell_segments_are_undone_where_these_are_wanted(world: World, image: Image) -> None:
     world.refused = errno.ENOSYS
     world.tool("loaded", "echo 1 > kexec_loaded")

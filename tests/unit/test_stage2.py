@@ -265,9 +265,16 @@ def test_next_kernel_gets_our_header_and_all_else_of_the_command_line(plan_of: M
 
 def test_command_line_may_be_as_long_as_the_kernel_takes(plan_of: MakePlan) -> None:
     size = len(plan_of(f"name=\udcff {LINE}").cmdline)
-    plan_of(f"name=\udcff {LINE}", most_cmdline=size)
+    plan_of(f"name=\udcff {LINE}", most_cmdline=size + 1)  # kexec counts the NUL too
     with pytest.raises(Error, match=rf"^a command line of {size} bytes, of which /boot/vmlinuz takes {size - 1}$"):
-        plan_of(f"name=\udcff {LINE}", most_cmdline=size - 1)
+        plan_of(f"name=\udcff {LINE}", most_cmdline=size)
+
+
+def test_header_without_any_note_is_refused_for_no_kernel_takes_it(plan_of: MakePlan, live_dump: Dump) -> None:
+    assert live_dump.shape is not None
+    live_dump.shape = live_dump.shape._replace(notes=())
+    with pytest.raises(Error, match=r"^nothing is known of the dead kernel's notes"):
+        plan_of()
 
 
 @pytest.mark.parametrize("line", [f'{LINE} name="open', f'"{LINE}'])

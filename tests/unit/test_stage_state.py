@@ -63,7 +63,7 @@ def test_cut_file_is_one_clear_line(meant: Meant, data: st.DataObject) -> None:
 
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text(max_size=3),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text("abc", max_size=3), inner, max_size=3),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
     max_leaves=6,
 )
 
@@ -83,6 +83,18 @@ def test_missing_fact_is_one_clear_line(name: str) -> None:
 @given(st.from_regex(r"\A[a-z_ ]{1,12}\Z").filter(lambda name: name not in Meant._fields), json_values)
 def test_fact_that_nobody_wrote_is_one_clear_line(name: str, value: Any) -> None:
     refused(json.dumps(MEANT._asdict() | {name: value}).encode())
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("cmdline", 7), ("elfcorehdr", "x"), ("size", None), ("kernel", None), ("initramfs", [])]
+)
+def test_fact_of_another_type_is_one_clear_line(name: str, value: Any) -> None:
+    refused(json.dumps(MEANT._asdict() | {name: value}).encode())
+
+
+@pytest.mark.parametrize("data", [b"[" * 100_000, b'{"given_up": [Infinity, 0]}', b'{"a\\nb": 1}'])
+def test_json_of_a_strange_kind_is_one_clear_line(data: bytes) -> None:
+    refused(data)
 
 
 @pytest.mark.parametrize("value", [None, 7, True, "", "x1", [], [1], [1, 2, 3], [None, 1], ["x", 1], {"a": 1}, [[], 1]])
