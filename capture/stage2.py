@@ -140,22 +140,25 @@ def _placed(dump: Dump, shape: Shape, prepared: Prepared, wanted: str | None) ->
         if len(ranges) > room:
             why_not = f"{in_place.room} bytes there hold {room} PT_LOADs of {len(ranges)}"
         if len(ranges) <= room or wanted:
-            return _cut(in_place, why_not, dump, text, room)
+            return _cut(in_place, why_not, room, text, ranges, shape, GivenUp(runs, size))
     try:
         pinned = Pinned(prepared.size(len(text) + len(ranges)))
     except SourceError as e:
         if in_place is None:
             raise Error(f"no place for a header: {why_not or 'not asked for in place'}; {e}") from None
-        return _cut(in_place, why_not, dump, text, room)
+        return _cut(in_place, why_not, room, text, ranges, shape, GivenUp(runs, size))
     return pinned, why_not, text + [shape.load(r) for r in ranges], GivenUp(runs, size)
 
 
-def _cut(place: Place, why: str, dump: Dump, text: list[Load], room: int) -> tuple[Place, str, list[Load], GivenUp]:
+def _cut(
+    place: Place, why: str, room: int, text: list[Load], ranges: list[Range], shape: Shape, before: GivenUp
+) -> tuple[Place, str, list[Load], GivenUp]:
+    """*ranges* as far as there is *room*; *before* were given up already."""
     if room <= 0:
         raise Error(f"no room for a PT_LOAD {place.what}: {why}")
-    assert dump.shape is not None
-    ranges, runs, size = memory_map.largest(servable_runs(dump), room)
-    return place, why, text + [dump.shape.load(r) for r in ranges], GivenUp(runs, size)
+    ranges, runs, size = memory_map.largest(ranges, room)
+    given_up = GivenUp(before.runs + runs, before.size + size)
+    return place, why, text + [shape.load(r) for r in ranges], given_up
 
 
 def gated_by_driver(dump: Dump) -> RangeSet:
