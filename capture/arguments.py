@@ -120,4 +120,5 @@ def parser(version: str) -> argparse.ArgumentParser:
         help="over FUSE (default), inside of COMMAND, by the kernel itself, or what this machine allows",
     )
     p.add_argument("argv", metavar="COMMAND", nargs="*", help="a collector to run then, and its arguments")
+    command("done", "after the collector: end what init left running, and say what reads have lost")
     return top

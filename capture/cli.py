@@ -100,16 +100,22 @@ def open_dump(args: argparse.Namespace) -> Dump:
 
 def finished(dump: Dump) -> int:
     """The exit status that says whether everything readable could be read; tells what could not."""
-    lost = dump.lost()
+    from capture.losses import losses
+
     faults = [f for f in dump.memory.faults() if f.errno != errno.ENXIO]  # what no source shows is told once
     lines = [f"{f.range} could not be read and is zeros: {os.strerror(f.errno)}" for f in faults]
-    lines += [f"{r} was RAM and is zeros: no source shows it, or nothing tells its state" for r in lost]
+    lines += [f"{r} is lost: {why}" for r, why in losses(dump)]
+    dump.close()
+    return incomplete(lines)
+
+
+def incomplete(lines: list[str]) -> int:
+    """Tell what was lost, a line each, if anything; the exit status that says whether it was."""
     for line in lines[:MAX_LINES]:
         warn(line)
     if len(lines) > MAX_LINES:
-        warn(f"{len(lines) - MAX_LINES} more ranges of RAM are zeros for such reasons")
-    dump.close()
-    return INCOMPLETE if faults or lost else DONE
+        warn(f"{len(lines) - MAX_LINES} more ranges of RAM are lost for such reasons")
+    return INCOMPLETE if lines else DONE
 
 
 def cmd_map(args: argparse.Namespace) -> int:
@@ -190,20 +196,19 @@ def cmd_init(args: argparse.Namespace) -> int:
     lacking = settle(say, warn)
     if lacking is None:
         return _hand_over(args)
-    for line in lacking:
-        warn(line)
-    return _and_command(args.argv, INCOMPLETE if lacking else DONE)
+    return _and_command(args.argv, incomplete(lacking))
 
 
 def _hand_over(args: argparse.Namespace) -> int:
     """Put the vmcore in place by the way that was asked for, then run the command if there is one."""
     from capture import via
-    from capture.init import FOLDER, bring_up
+    from capture.init import FOLDER, bring_up, check_complete
     from guard import procvmcore
 
     if args.via == via.RUN and not args.argv:
         raise Error("--via run needs a COMMAND to be inside of")
     dump = open_dump(args)
+    check_complete(dump)
     way, plan = args.via, None
     if way == via.AUTO:
         way, why, plan = via.choose(dump, args.argv, _stage2_options(args))
@@ -220,6 +225,12 @@ def _hand_over(args: argparse.Namespace) -> int:
     where = bring_up(dump)
     say(f"guarded vmcore at {where} ({dump.vmcore.size} bytes), report in {FOLDER}/guard.json")
     return _and_command(args.argv, finished(dump))
+
+
+def cmd_done(args: argparse.Namespace) -> int:
+    from capture.done import end
+
+    return incomplete(end())
 
 
 def _and_command(argv: list[str], status: int) -> int:
@@ -308,6 +319,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "record": cmd_record,
     "stage2": cmd_stage2,
     "init": cmd_init,
+    "done": cmd_done,
 }
 
 

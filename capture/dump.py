@@ -5,11 +5,12 @@ sources -> envelope and rules -> gated memory -> the dead kernel's records -> me
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
-from itertools import islice, pairwise
+from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
-from capture import elfcore, memory_map
+from capture import elfcore, envelope, losses, memory_map
 from capture.arch import Shape
 from capture.elfcore import Core, Extent, Load
 from capture.machine import Machine
@@ -20,7 +21,8 @@ from guard import procvmcore
 from guard.errors import SourceError
 from guard.physmem import ExactMemory, OldMemory, layer, only
 from guard.ranges import Range, RangeSet
-from guard.registry import NOT_RAM, Registry, Rule
+from guard.registry import Registry, Rule
+from guard.witness import e820
 from guard.witness.memory import Problems
 
 if TYPE_CHECKING:
@@ -31,9 +33,6 @@ DYNAMIC, PRELOADED = "dynamic", "preloaded"
 
 # A header's PT_LOADs at most, as in the kernel's own (CRASH_MAX_MEMORY_RANGES): each costs memory in the capture kernel
 MAX_LOADS = 8192
-
-E820_RAM = 1  # arch/x86/include/asm/e820/types.h
-
 
 class Difference(NamedTuple):
     """A range in which the preloaded header and the memory map do not agree."""
@@ -67,10 +66,16 @@ class Dump:
         for source in machine.reports.values():
             for line in source.damage:
                 self.problems.note(line)
-        self.envelope = memory_map.envelope(machine.reports, devices, machine.images, self.problems)
-        self._widen_by_preloaded()
+        self.envelope = envelope.envelope(
+            machine.reports,
+            RangeSet(d.region for d in devices),
+            machine.images,
+            self.preloaded_ranges() if machine.core_header else RangeSet(),
+            self.problems,
+            machine.header_is_the_kernels,
+        )
         if not self.envelope.boot:
-            why = "; ".join(line for name in memory_map.RAM_SOURCES for line in machine.reports[name].problems)
+            why = "; ".join(line for name in envelope.RAM_SOURCES for line in machine.reports[name].problems)
             raise SourceError(f"no source tells where the dead machine's RAM was: {why}")
         memory_map.install_rules(self.registry, self.envelope, self._foreign(), devices)
         for rule in rules:
@@ -90,9 +95,9 @@ class Dump:
         self.core = self._preloaded() if self.mode == PRELOADED else self._dynamic()
         self.vmcore = Vmcore(self.core, self.memory)
         self.registry.opened = True
-        lost = self.lost()
+        hidden = RangeSet(losses.hidden(self))
         for piece, line in machine.unmapped:
-            (self.problems if lost & RangeSet([piece]) else machine.remarks).note(line)
+            (self.problems if hidden & RangeSet([piece]) else machine.remarks).note(line)
         if self.arch.dead:
             for line in self.arch.dead.problems:
                 self.problems.note(line)
@@ -107,17 +112,6 @@ class Dump:
         m = self.machine
         context = Context(self.exact, self.envelope.all, m.page_size, m.root, self.arch.name, m.vmcoreinfo_paddr)
         install(plugins, context, self.registry, self.problems)
-
-    def _widen_by_preloaded(self) -> None:
-        """Without any firmware source the kernel's own header is the best there is; it was right once."""
-        if self.envelope.boot or self.machine.core_header is None:
-            return
-        ram = self.preloaded_ranges() - self.envelope.regions
-        by_kernel = self.machine.header_is_the_kernels
-        source = "the kernel's header" if by_kernel else "preloaded header"
-        self.envelope = self.envelope._replace(boot=ram, source=source, by_firmware=by_kernel)
-        if not by_kernel:
-            self.problems.note("no firmware source tells of boot RAM; the preloaded header's PT_LOADs are taken for it")
 
     def _foreign(self) -> RangeSet:
         """What must not be read as old memory because it is the capture kernel's."""
@@ -175,15 +169,15 @@ class Dump:
 
     def map(self) -> Iterator[Entry]:
         """The memory map with provenance, ascending."""
-        return memory_map.entries(self.registry, self.envelope, self.machine.devices, self._claims())
+        shown = self.memory.covered
+        return memory_map.entries(self.registry, self.envelope, self.machine.devices, self._claims(), shown)
 
     def _claims(self) -> dict[str, RangeSet]:
         """Who calls what memory."""
         claims = {name: r.ranges(report.RAM) for name, r in self.machine.reports.items()}
         if dead := self.arch.dead:
-            e820 = dead.e820()
             sections = dead.sections()
-            claims["dead e820"] = RangeSet((e.start, e.end) for e in e820 if e.type == E820_RAM)
+            claims["dead e820"] = e820.ram(dead.e820())
             claims["dead iomem"] = self.arch.system_ram
             claims["dead sections"] = sections.online & self.envelope.all if sections else RangeSet()
         if self.machine.core_header:
@@ -208,20 +202,16 @@ class Dump:
                     found.append(Difference(run, "too much", f"{rule.name}: {rule.reason}"))
         return sorted(found)
 
-    def lost(self) -> RangeSet:
-        """RAM that stays zero in the vmcore: no source shows it, or what was to be asked about it (a device, a plug-in)
-        did not answer. Of a fragmented machine no more than MAX_LOADS runs are told."""
-        shown = self.memory.covered
-        hidden = islice((run for run in self.readable_runs() if not shown.covers(*run)), MAX_LOADS)
-        return (RangeSet(hidden) - shown) | self.unasked()
+    def show(self, more: RangeSet) -> None:
+        """Read old memory from the files that show *more* (whole pages) too, as far as there are any."""
+        more -= self.memory.covered
+        if more:
+            with contextlib.suppress(SourceError):  # what no file shows is told as lost
+                self.memory.add(self.machine.open_segments(more))
 
-    def unasked(self) -> RangeSet:
-        """What was System RAM and is refused only because what was to be asked about it did not answer."""
-        unasked = self.arch.system_ram & RangeSet(d.region for d in self.machine.devices if d.bitmap is None)
-        for rule in self.registry:
-            if rule.trouble == NOT_RAM:
-                unasked |= self.arch.system_ram & rule.troubled
-        return unasked - self.registry.ram(unasked)
+    def lost(self) -> RangeSet:
+        """RAM that is missing from the vmcore, or zeros in it; capture/losses.py says which, and why."""
+        return RangeSet(loss.range for loss in losses.losses(self))
 
     def close(self) -> None:
         self.memory.close()

@@ -13,19 +13,32 @@ from collections.abc import Callable
 from capture.background import serve_in_background
 from capture.dump import Dump
 from capture.fuse import MS_BIND, FuseServer, mount, mounted_device, unmount
+from capture.losses import missing
 from capture.report import MOST_SERVED, as_json, guard_json, map_json
 from guard import procvmcore
 from guard.errors import Error
 
 FOLDER = "/run/oldmem"
+MAP, GUARD = "map.json", "guard.json"
+"""Names of the reports there."""
 
 
 def texts(dump: Dump) -> dict[str, Callable[[], bytes]]:
     """The reports that are served beside the vmcore, each made when it is looked at."""
     return {
-        "map.json": lambda: as_json(map_json(dump, MOST_SERVED)),
-        "guard.json": lambda: as_json(guard_json(dump, MOST_SERVED)),
+        MAP: lambda: as_json(map_json(dump, MOST_SERVED)),
+        GUARD: lambda: as_json(guard_json(dump, MOST_SERVED)),
     }
+
+
+def check_complete(dump: Dump) -> None:
+    """Raises Error where the kernel's own vmcore has memory that ours would lack though nothing is known against it:
+    then that one has to stay."""
+    if lacking := missing(dump):
+        raise Error(
+            f"the kernel's own {procvmcore.PATH} has {lacking}, which {dump.envelope.source} does not call RAM and no "
+            "sound record of the dead kernel settles: it is left as it is"
+        )
 
 
 def bring_up(dump: Dump, folder: str = FOLDER, over: str = procvmcore.PATH) -> str:

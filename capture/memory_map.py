@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The memory map of the dead machine, with provenance, and the rule that makes it.
+"""The memory map of the dead machine, with provenance, and the rules that make it.
 
-Firmware is the authority: nothing outside its envelope is ever read, for it may be MMIO. The device is the truth
-about what a virtio-mem region holds. The dead kernel is a witness: where it and firmware differ about what was RAM,
-the narrower answer is read and the difference is told, as long as what it says is plausible at all."""
+Nothing outside of the envelope (envelope.py) is ever read, for it may be MMIO. The device is the truth about what a
+virtio-mem region holds. The dead kernel is a witness: where it and firmware differ about what was RAM, the narrower
+answer is read and the difference is told."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from itertools import pairwise
 from typing import NamedTuple
 
-from capture.sources import report
-from capture.sources.report import SourceReport
+from capture.envelope import Envelope
 from guard.pageset import PageSet
 from guard.ranges import Range, RangeSet
 from guard.registry import Registry, Rule, allow_rule, bitmap_rule, deny_rule
@@ -21,11 +20,8 @@ from guard.witness.memory import Problems
 
 WHOLE = Range(0, 1 << 64)
 
-RAM_SOURCES = ("fw_cfg", "smbios", "srat")
-
-# The dead kernel's tree counts only if it has at least this share of what firmware calls boot RAM: a damaged or
-# forged tree must not cost the dump. mem= halves a machine at worst in practice.
-PLAUSIBLE_SHARE = 0.5
+HOTPLUG = "hotplug window"
+"""Name of the rule that keeps it closed."""
 
 # Bytes; blocks of virtio-mem are at least this large in QEMU
 SMALLEST_BRIDGE = 1 << 20
@@ -86,88 +82,26 @@ class Device(NamedTuple):
         return bitmap_rule(name, self.region, self.block_size, self.bitmap, "unplugged", page_size)
 
 
-class Envelope(NamedTuple):
-    """What may be RAM at all. *boot* is RAM that firmware told of, *window* where more may have been plugged
-    (DIMMs), *regions* virtio-mem."""
-
-    boot: RangeSet
-    window: RangeSet
-    regions: RangeSet
-    source: str
-    by_firmware: bool = True
-
-    @property
-    def all(self) -> RangeSet:
-        return self.boot | self.window | self.regions
-
-
 class Entry(NamedTuple):
-    """One line of the map: a range with one verdict and one provenance."""
+    """One line of the map: a range with one verdict and one provenance. *shown*: some file shows its bytes."""
 
     range: Range
     kind: str
-    refused_by: str  # "" for what is read
+    refused_by: str  # "" for what may be read
+    shown: bool
     known_from: tuple[str, ...]
 
 
-def envelope(
-    reports: dict[str, SourceReport], devices: Iterable[Device], images: RangeSet, problems: Problems
-) -> Envelope:
-    """The envelope from what firmware says; *images* is what a recorded machine has RAM images of (empty if live).
-
-    QEMU's fw_cfg has the true boot map; elsewhere SMBIOS and SRAT are both coarse, so what both say. Entries that
-    /sys/firmware/memmap still calls reserved come off: kexec hands them to the capture kernel unchanged, unlike RAM."""
-    regions = RangeSet(d.region for d in devices)
-    srat = reports["srat"]
-    window = srat.ranges(report.HOTPLUG_WINDOW) - regions
-    fw_cfg, smbios, affinity = (reports[n].ranges(report.RAM) for n in RAM_SOURCES)
-    if fw_cfg:
-        boot, source = fw_cfg, "fw_cfg"
-        for name, other in (("smbios", smbios), ("srat", affinity)):
-            # of the first MiB each source has its own idea, and it is never old memory
-            if other and (missing := boot - other - RangeSet([(0, 1 << 20)])):
-                problems.note(f"{name} does not have {missing}, which fw_cfg calls RAM; fw_cfg is believed")
-    elif smbios and affinity:
-        boot, source = smbios & affinity, "smbios and srat"
-    elif smbios or affinity:
-        boot, source = smbios | affinity, "smbios" if smbios else "srat"
-    elif images:
-        boot, source = images, "images"
-    else:
-        boot, source = RangeSet(), "nothing"
-    if images and (boot - regions) - images:
-        problems.note(f"no image holds {(boot - regions) - images}, which {source} calls RAM; it is left out")
-        boot &= images
-    memmap = reports["firmware_memmap"]
-    reserved = memmap.ranges(
-        *(report.RESERVED, report.ACPI, report.NVS, report.UNUSABLE, report.PERSISTENT, report.SOFT_RESERVED)
-    )
-    return Envelope(boot - regions - reserved, window, regions, source)
-
-
-def witnessed_ram(env: Envelope, system_ram: RangeSet, problems: Problems) -> RangeSet | None:
-    """What of boot RAM and window the dead kernel used as System RAM; None if its word does not count."""
-    if not system_ram:
-        return None
-    boot = env.boot & system_ram
-    outside = system_ram - env.all
-    if boot.size < env.boot.size * PLAUSIBLE_SHARE or outside.size > env.all.size:
-        problems.note(
-            f"the dead kernel's resource tree has {boot.size:#x} of {env.boot.size:#x} bytes of boot RAM and "
-            f"{outside.size:#x} bytes elsewhere; that is not plausible, so firmware alone is believed"
-        )
-        return None
-    if outside:
-        problems.note(f"the dead kernel used {outside} as System RAM, outside of what firmware knows; not read")
-    return boot | (env.window & system_ram)
-
-
-def plausible_reservations(reserved: Iterable[tuple[str, int, int]], own: RangeSet, problems: Problems) -> RangeSet:
-    """The crash reservations that agree with the memory which the capture kernel really owns."""
+def plausible_reservations(
+    reserved: Iterable[tuple[str, int, int]], own: RangeSet | None, problems: Problems
+) -> RangeSet:
+    """The crash reservations that agree with the memory *own* which the capture kernel really owns. None: nothing tells
+    what it owns (a host's dump of a guest whose capture kernel never ran); then the dead kernel's word is all there
+    is."""
     good = RangeSet()
     for name, start, end in reserved:
         span = RangeSet([(start, end)])
-        if (span - own).size > MAX_RESERVED_BEYOND_OWN:
+        if own is not None and (span - own).size > MAX_RESERVED_BEYOND_OWN:
             problems.note(
                 f"{name} {Range(start, end)} of the dead kernel is not what this kernel owns; only its own is left out"
             )
@@ -179,13 +113,18 @@ def plausible_reservations(reserved: Iterable[tuple[str, int, int]], own: RangeS
 def install_rules(registry: Registry, env: Envelope, own: RangeSet, devices: Iterable[Device]) -> None:
     """What firmware and devices know, in the order in which it is asked."""
     page_size = registry.page_size
-    registry.register(allow_rule("envelope", WHOLE, env.all, "firmware does not call it RAM", page_size))
+    registry.register(_envelope_rule(env, page_size))
     registry.register(deny_rule("capture kernel", own, "belongs to the capture kernel", page_size))
     for device in devices:
         if rule := device.rule(page_size):
             _register(registry, rule, device)
     if env.window:
-        registry.register(deny_rule("hotplug window", env.window, "nothing tells what was plugged there", page_size))
+        closed = env.window - env.heard
+        registry.register(deny_rule(HOTPLUG, closed, "nothing tells what was plugged there", page_size))
+
+
+def _envelope_rule(env: Envelope, page_size: int) -> Rule:
+    return allow_rule("envelope", WHOLE, env.all, "firmware does not call it RAM", page_size)
 
 
 def unlocated_devices(claimed: Iterable[Range], known: Envelope, gated: bool) -> list[Device]:
@@ -224,13 +163,23 @@ def install_reservations(registry: Registry, reserved: RangeSet) -> None:
     registry.register(rule)
 
 
-def install_witness(registry: Registry, env: Envelope, witnessed: RangeSet) -> None:
-    """Narrow by the dead kernel's word, which also tells what of the hotplug window was memory."""
-    if any(rule.name == "hotplug window" for rule in registry):
-        registry.unregister("hotplug window")
-    refused = ((env.boot | env.window) - witnessed).inner_pages(registry.page_size)
-    if refused:
-        registry.register(deny_rule("dead kernel", refused, "was not System RAM", registry.page_size))
+def settle(registry: Registry, env: Envelope, system_ram: RangeSet) -> None:
+    """Put what the dead kernel has told in force. Of an *env* that its resource tree confirmed, nothing is read but
+    *system_ram*; else what only that tree could have settled stays closed."""
+    page_size = registry.page_size
+    registry.replace(_envelope_rule(env, page_size))
+    if any(rule.name == HOTPLUG for rule in registry):
+        registry.unregister(HOTPLUG)
+    if env.confirmed:
+        known = env.boot | env.window | env.disputed
+        if refused := (known - system_ram).inner_pages(page_size):
+            registry.register(deny_rule("dead kernel", refused, "was not System RAM", page_size))
+        return
+    if env.window:
+        registry.register(deny_rule(HOTPLUG, env.window, "nothing tells what was plugged there", page_size))
+    if env.disputed:
+        reason = "one source calls it RAM, another speaks against it"
+        registry.register(deny_rule("disputed", env.disputed, reason, page_size))
 
 
 def merged(runs: Callable[[], Iterator[Range]], bridges: RangeSet, most: int) -> tuple[list[Range], int]:
@@ -272,18 +221,21 @@ def _size_of(run: Range) -> int:
 
 
 def entries(
-    registry: Registry, env: Envelope, devices: Iterable[Device], claims: dict[str, RangeSet]
+    registry: Registry, env: Envelope, devices: Iterable[Device], claims: dict[str, RangeSet], shown: RangeSet
 ) -> Iterator[Entry]:
     """The map, ascending: everything in the envelope and everything that some source of *claims* (name -> ranges)
-    calls memory, cut wherever verdict or provenance changes. One at a time: a fragmented machine has very many."""
+    calls memory, cut wherever verdict or provenance changes, or what the files show (*shown*) ends. One at a time: a
+    fragmented machine has very many."""
     page = registry.page_size
     spans = env.all
     for ranges in claims.values():
         spans |= ranges
-    borders = sorted({b for ranges in (*claims.values(), env.boot, env.window, env.regions) for r in ranges for b in r})
+    ram = env.boot | env.disputed | env.admitted
+    parts = (*claims.values(), ram, env.window, env.regions, shown)
+    borders = sorted({b for ranges in parts for r in ranges for b in r})
     kinds: list[tuple[str, Callable[[int], bool]]] = [
         ("virtio-mem", env.regions.__contains__),
-        ("ram", env.boot.__contains__),
+        ("ram", ram.__contains__),
         ("hotplug", env.window.__contains__),
     ]
     asked = [(d.name, d.region) for d in devices if d.bitmap is not None]
@@ -298,7 +250,8 @@ def entries(
                 # a device speaks for its region by its rule: what that lets pass is plugged
                 names = [name for name, region in asked if rule is None and region.start <= inside < region.end]
                 names += [name for name, ranges in claims.items() if inside in ranges]
-                entry = Entry(Range(start, end), kind, rule.name if rule else "", tuple(names))
+                refused_by = rule.name if rule else ""
+                entry = Entry(Range(start, end), kind, refused_by, bool(rule) or inside in shown, tuple(names))
                 if pending and pending[1:] == entry[1:] and pending.range.end == start:
                     entry = entry._replace(range=Range(pending.range.start, end))
                 elif pending:

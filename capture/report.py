@@ -10,6 +10,7 @@ from itertools import islice
 from typing import Any
 
 from capture.dump import Difference, Dump
+from capture.losses import losses
 from capture.memory_map import Device
 from guard.procvmcore import PT_LOAD
 from guard.ranges import Range, RangeSet
@@ -39,10 +40,12 @@ def _pairs(ranges: Iterable[Range], most: int | None = None) -> list[list[int]]:
 
 def map_text(dump: Dump) -> str:
     rows = [("range", "size", "kind", "read", "known from")]
+    readable = 0
     for e in dump.map():
-        verdict = f"no: {e.refused_by}" if e.refused_by else "yes"
+        verdict = f"no: {e.refused_by}" if e.refused_by else "yes" if e.shown else "no: no file shows it"
+        readable += e.range.size if verdict == "yes" else 0
         rows.append((str(e.range), bytes_text(e.range.size), e.kind, verdict, ", ".join(e.known_from)))
-    return table(rows) + f"readable: {bytes_text(dump.readable().size)}, envelope from {dump.envelope.source}\n"
+    return table(rows) + f"readable: {bytes_text(readable)}, envelope from {dump.envelope.source}\n"
 
 
 def map_json(dump: Dump, most: int | None = None) -> dict[str, Any]:
@@ -67,6 +70,7 @@ def map_json(dump: Dump, most: int | None = None) -> dict[str, Any]:
                 "end": e.range.end,
                 "kind": e.kind,
                 "refused_by": e.refused_by or None,
+                "shown": e.shown,
                 "known_from": list(e.known_from),
             }
             for e in islice(dump.map(), most)
@@ -174,7 +178,7 @@ def guard_json(dump: Dump, most: int | None = None) -> dict[str, Any]:
         "unreadable": [
             {"start": f.range.start, "end": f.range.end, "why": os.strerror(f.errno)} for f in memory.faults()
         ],
-        "lost": _pairs(dump.lost(), most),
+        "lost": [{"start": r.start, "end": r.end, "why": why} for r, why in islice(losses(dump), most)],
         "devices": [device_json(d, most) for d in dump.machine.devices],
         "problems": list(dump.problems),
     }

@@ -13,7 +13,7 @@ import signal
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from capture import boot_image, elfcorehdr, kexec, memory_map, stage_state
+from capture import boot_image, elfcorehdr, kexec, losses, memory_map, stage_state
 from capture.arch import Shape
 from capture.boot_image import Initramfs, Kernel
 from capture.dump import CUT, DYNAMIC, MAX_LOADS, Dump
@@ -175,8 +175,8 @@ def servable_runs(dump: Dump) -> Iterator[Range]:
 
 
 def left_out(dump: Dump) -> RangeSet:
-    """What was RAM and is in no PT_LOAD because nothing tells its state."""
-    return dump.unasked() | dump.registry.ram(gated_by_driver(dump))
+    """What was RAM and is in no PT_LOAD because nothing tells its state, or no source calls it RAM."""
+    return RangeSet(loss.range for loss in losses.cut(dump)) | dump.registry.ram(gated_by_driver(dump))
 
 
 def text_loads(dump: Dump, shape: Shape) -> Iterator[Load]:
@@ -256,7 +256,7 @@ def described(made: Plan, dump: Dump) -> Iterator[str]:
     for folder in mounted_for_writing():
         yield f"mounted for writing: {folder}, whose file system will find itself as after a crash"
     if lost := left_out(dump):
-        yield f"left out: {lost}, of which nothing tells what is plugged"
+        yield f"left out: {lost}, whose state nothing tells"
 
 
 def go(made: Plan, dump: Dump) -> None:

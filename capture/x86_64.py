@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from capture import memory_map, x86_platform
+from capture import envelope, memory_map, x86_platform
 from capture.arch import Arch, Note, Shape
 from capture.elfcore import Load
 from capture.sources import report
@@ -15,7 +15,9 @@ from guard import procvmcore
 from guard.errors import Error, ReadError, WitnessError
 from guard.physmem import covered
 from guard.ranges import Range, RangeSet
-from guard.rules import hwpoison, page_offline, sections
+from guard.registry import deny_rule
+from guard.rules import hwpoison, machine_check, page_offline, sections
+from guard.witness import e820
 from guard.witness.dead_kernel import DeadKernel
 from guard.witness.scan import scan
 from guard.witness.vmcoreinfo import Vmcoreinfo, note_at
@@ -57,6 +59,8 @@ class X86_64(Arch):
             self._hear_witness(dump, self.dead)
         else:
             self._refuse_unlocated(dump)
+            dump.envelope = envelope.unwitnessed(dump.envelope, RangeSet())
+            memory_map.settle(dump.registry, dump.envelope, RangeSet())
 
     def use_vmlinux(self, path: str) -> None:
         try:
@@ -105,14 +109,12 @@ class X86_64(Arch):
 
     def _hear_witness(self, dump: Dump, dead: DeadKernel) -> None:
         reserved = [(r.name, r.start, r.end) for r in dead.reservations()]
-        self.reserved = memory_map.plausible_reservations(reserved, self.own(), dump.problems)
+        own = self.own() if self.machine.reports["iomem"].available else None
+        self.reserved = memory_map.plausible_reservations(reserved, own, dump.problems)
         memory_map.install_reservations(dump.registry, self.reserved - dump.backed_up())
-        system_ram = RangeSet((r.start, r.end) for r in dead.system_ram())
+        dead = self._reach_tree(dump, dead)
         self._locate_devices(dump, dead)
-        witnessed = memory_map.witnessed_ram(dump.envelope, system_ram, dump.problems)
-        if witnessed is not None:
-            self.system_ram = system_ram
-            memory_map.install_witness(dump.registry, dump.envelope, witnessed)
+        self._settle(dump, dead)
         shown = covered(s for s in dump.memory.segments if s.name == procvmcore.PATH)
         for device in self.machine.devices:
             if device.gated_by_kernel:
@@ -125,26 +127,64 @@ class X86_64(Arch):
                 )
         self._hear_marks(dump, dead)
 
+    def _reach_tree(self, dump: Dump, dead: DeadKernel) -> DeadKernel:
+        """Nodes of the resource tree may lie in memory that was plugged after the header was prepared, where nothing is
+        read until that tree has told what is there. Where it cannot be read otherwise, the records are followed into
+        the hotplug window, for as long as it takes."""
+        window = dump.envelope.window
+        if not dead.tree().flaw or not window or self.machine.unlocated:
+            return dead
+        rule = next(rule for rule in dump.registry if rule.name == memory_map.HOTPLUG)
+        dump.registry.replace(deny_rule(memory_map.HOTPLUG, RangeSet(), rule.reason, dump.registry.page_size))
+        again = self._question(dump)
+        if again is None or again.tree().flaw:
+            dump.registry.replace(rule)
+            return dead
+        self.dead = again
+        return again
+
+    def _settle(self, dump: Dump, dead: DeadKernel) -> None:
+        """Take the dead kernel's word on what was RAM, as far as it can be taken."""
+        env, known, flaw = dump.envelope, dead.sections(), dead.tree().flaw
+        if flaw:
+            dump.problems.note(f"the dead kernel's resource tree does not count: {flaw}; nothing is read or left out for it")
+            dump.envelope = envelope.unwitnessed(env, e820.ram(dead.e820()))
+            memory_map.settle(dump.registry, dump.envelope, RangeSet())
+            return
+        system_ram = RangeSet((r.start, r.end) for r in dead.system_ram())
+        online = known.online if known else None
+        env = dump.envelope = envelope.witnessed(env, system_ram, online, dump.problems)
+        dump.show(env.admitted.inner_pages(dump.registry.page_size))
+        if online:
+            # the header is a snapshot of the tree, the sections are not: what both have, a damaged tree has lost
+            listed = dump.preloaded_ranges() if self.machine.core_header else RangeSet()
+            lacking = (listed & online) | dead.sections_without_ram()
+            lacking -= system_ram | self.reserved
+            kept = (lacking & env.boot).inner_pages(dump.registry.page_size)
+            if kept:
+                dump.problems.note(f"the dead kernel's resource tree lacks {kept}, which was online boot RAM; it is read")
+            system_ram |= kept
+            self.contradicted = (lacking & env.window).inner_pages(dump.registry.page_size)
+        self.system_ram = system_ram
+        memory_map.settle(dump.registry, env, system_ram)
+
     def _hear_marks(self, dump: Dump, dead: DeadKernel) -> None:
-        """Pages that the dead kernel itself would not have touched: offline sections, and marks in struct pages."""
+        """Pages that the dead kernel itself would not have touched: offline sections, marks in struct pages, the address
+        of a fatal machine check. Each rule stands on its own evidence, whatever the resource tree says."""
+        rules = [machine_check.rule(dead.machine_checks() & dump.envelope.all, dump.registry.page_size)]
         known = dead.sections()
-        ram = self.system_ram & dump.envelope.all
-        if known is None or not ram:
-            return
-        if rule := sections.rule(known, ram, dump.registry.page_size):
-            dump.registry.register(rule)
-        else:
-            dump.problems.note("mem_section: most of System RAM is in no online section; the sections do not count")
-            return
-        marks = dead.marks(ram)
-        if marks is None:
-            return
-        for rule in (hwpoison.rule(marks), page_offline.rule(marks)):
+        marks = None
+        if known:
+            rules.append(sections.rule(known, dump.registry.page_size))
+            marks = dead.marks(dump.envelope.all)
+        if marks:
+            rules += [hwpoison.rule(marks), page_offline.rule(marks)]
+        for rule in rules:
             if rule:
                 dump.registry.register(rule)
-        if marks.offline is None:
+        if known is None or marks is None or marks.offline is None:
             return
-        looked_at = (known.online & ram) - marks.unread
+        looked_at = (known.online & dump.envelope.all) - marks.unread
         for device in self.machine.devices:
             used, size = page_offline.unmarked(marks.offline, device.unplugged_runs(), looked_at)
             if used:
@@ -167,9 +207,7 @@ class X86_64(Arch):
             self.machine.devices.append(device)
             region = RangeSet([device.region])
             env = dump.envelope
-            dump.envelope = env._replace(
-                boot=env.boot - region, window=env.window - region, regions=env.regions | region
-            )
+            dump.envelope = env.with_region(region)
             if rule := device.rule(dump.registry.page_size):
                 dump.registry.register(rule)
 

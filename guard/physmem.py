@@ -77,6 +77,24 @@ class OldMemory:
     """Guarded reads. Owns neither the registry nor the file descriptors; one object serves one thread at a time."""
 
     def __init__(self, segments: list[Segment], registry: Registry) -> None:
+        if err := lib.physmem_catch_sigbus():
+            raise SourceError(f"cannot catch SIGBUS: {os.strerror(-err)}")
+        self.registry = registry
+        self._faults = ffi.new("struct physmem_fault[]", MAX_FAULTS)
+        self.c: CData = ffi.new("struct physmem *")
+        self.c.gate = registry.slot
+        self.c.page_shift = registry.page_size.bit_length() - 1
+        self.c.window_size = WINDOW_SIZE
+        self.c.faults, self.c.max_faults = self._faults, MAX_FAULTS
+        self._show(segments)
+
+    def add(self, segments: list[Segment]) -> None:
+        """Show what *segments* show too; not while another thread reads. Raises SourceError as the constructor, with
+        all as it was."""
+        self._show(sorted([*self.segments, *segments]))
+
+    def _show(self, segments: list[Segment]) -> None:
+        registry = self.registry
         mask = registry.page_size - 1
         for s, following in zip(segments, [*segments, None][1:], strict=True):
             if (s.paddr | s.size | (s.offset if s.how == MMAP else 0)) & mask:
@@ -85,20 +103,12 @@ class OldMemory:
                 raise SourceError(f"{s.name}: {s.paddr:#x}+{s.size:#x} at offset {s.offset:#x} is not possible")
             if following and following.paddr < s.end:
                 raise SourceError(f"{s.name} and {following.name} both claim {following.paddr:#x}")
-        if err := lib.physmem_catch_sigbus():
-            raise SourceError(f"cannot catch SIGBUS: {os.strerror(-err)}")
+        lib.physmem_unmap(self.c)  # windows point to their segments
         self.segments = segments
-        self.registry = registry
         self._c_segments = ffi.new("struct physmem_segment[]", len(segments))
         for c, s in zip(self._c_segments, segments, strict=True):
             c.paddr, c.size, c.offset, c.fd, c.how = s.paddr, s.size, s.offset, s.fd, s.how
-        self._faults = ffi.new("struct physmem_fault[]", MAX_FAULTS)
-        self.c: CData = ffi.new("struct physmem *")
         self.c.n, self.c.segments = len(segments), self._c_segments
-        self.c.gate = registry.slot
-        self.c.page_shift = registry.page_size.bit_length() - 1
-        self.c.window_size = WINDOW_SIZE
-        self.c.faults, self.c.max_faults = self._faults, MAX_FAULTS
 
     @property
     def covered(self) -> RangeSet:

@@ -159,26 +159,49 @@ class Registry:
 
         Raises ValueError if the name is taken, the rule was made for pages of another size, or its domain is none.
         Warns (GuardWarning) once old memory has been opened: readers may have seen pages that the rule refuses."""
-        if rule.pages.page_shift != self._shift:
-            theirs = 1 << rule.pages.page_shift
-            raise ValueError(f"rule {rule.name!r} is made for pages of {theirs} bytes, here they have {self.page_size}")
-        if not 0 <= rule.domain.start <= rule.domain.end <= 1 << 64:
-            start, end = rule.domain
-            raise ValueError(f"rule {rule.name!r}: no domain goes from {start:#x} to {end:#x}")
+        self._check(rule)
         with self._changing:
             rules, array, _ = self._now
             if any(r.name == rule.name for r in rules):
                 raise ValueError(f"a rule named {rule.name!r} is registered already")
             if len(rules) == len(array):
                 array = self._copied(range(len(rules)), 2 * len(rules))
-            counter = ffi.new("uint64_t *")
-            c = array[len(rules)]  # which no gate counts yet
-            c.first, c.end = rule.domain.start >> self._shift, -(-rule.domain.end >> self._shift)
-            c.set, c.deny, c.refused = rule.pages.c[0], rule.deny, counter
-            self._kept += rule, counter
+            self._put(rule, array[len(rules)])  # which no gate counts yet
             self._install((*rules, rule), array)
         if self.opened:
             warnings.warn(f"rule {rule.name!r} registered after old memory was opened", GuardWarning, stacklevel=2)
+
+    def replace(self, rule: Rule) -> None:
+        """Put *rule* in the place of the one of its name, with a counter of its own.
+
+        Raises KeyError if there is none of that name, ValueError as :meth:`register`, and also once old memory has been
+        opened: what a reader may see by then does not change."""
+        self._check(rule)
+        with self._changing:
+            rules = self._now.rules
+            at = next((i for i, r in enumerate(rules) if r.name == rule.name), None)
+            if at is None:
+                raise KeyError(rule.name)
+            if self.opened:
+                raise ValueError(f"rule {rule.name!r} cannot be replaced: old memory has been opened")
+            array = self._copied(range(len(rules)), len(rules))
+            self._put(rule, array[at])
+            self._install((*rules[:at], rule, *rules[at + 1 :]), array)
+
+    def _check(self, rule: Rule) -> None:
+        if rule.pages.page_shift != self._shift:
+            theirs = 1 << rule.pages.page_shift
+            raise ValueError(f"rule {rule.name!r} is made for pages of {theirs} bytes, here they have {self.page_size}")
+        if not 0 <= rule.domain.start <= rule.domain.end <= 1 << 64:
+            start, end = rule.domain
+            raise ValueError(f"rule {rule.name!r}: no domain goes from {start:#x} to {end:#x}")
+
+    def _put(self, rule: Rule, c: CData) -> None:
+        """Fill in a struct gate_rule that no gate in force has."""
+        counter = ffi.new("uint64_t *")
+        c.first, c.end = rule.domain.start >> self._shift, -(-rule.domain.end >> self._shift)
+        c.set, c.deny, c.refused = rule.pages.c[0], rule.deny, counter
+        self._kept += rule, counter
 
     def unregister(self, name: str) -> None:
         """Take a rule out of force. Raises KeyError if there is none of that name.

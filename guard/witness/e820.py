@@ -6,16 +6,20 @@ A pointer variable; the table is nr_entries and then packed entries of addr, siz
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 from guard.errors import WitnessError
+from guard.ranges import RangeSet
 from guard.witness.btf import Layout
 from guard.witness.layouts import FIXED, unpacker
 from guard.witness.memory import Problems
 from guard.witness.pagewalk import PageWalk
 
 SYMBOLS = frozenset({"e820_table_firmware"})
+
+RAM = 1
+"""The type of an entry that is RAM (arch/x86/include/asm/e820/types.h)."""
 
 _MAX_ENTRIES = 128 + 3 * 1024
 """E820_MAX_ENTRIES at the largest CONFIG_NODES_SHIFT."""
@@ -51,3 +55,8 @@ def read_e820(
         else:
             found.append(E820Entry(start, start + size, kind))
     return found
+
+
+def ram(entries: Iterable[E820Entry]) -> RangeSet:
+    """What the table calls RAM."""
+    return RangeSet((e.start, e.end) for e in entries if e.type == RAM)

@@ -114,6 +114,21 @@ def test_unregistering_before_open_removes_the_rule() -> None:
     assert registry.pfn_is_ram(0)
 
 
+def test_replaced_rule_keeps_its_place_and_says_something_else() -> None:
+    registry = Registry()
+    for name in ("first", "second"):
+        registry.register(deny_rule(name, RangeSet([(0, 4096)]), "test"))
+    registry.replace(deny_rule("first", RangeSet([(8192, 12288)]), "test"))
+    assert [rule.name for rule in registry] == ["first", "second"]
+    assert [(r := registry.refuser(pfn)) and r.name for pfn in range(3)] == ["second", None, "first"]
+    with pytest.raises(KeyError, match="third"):
+        registry.replace(deny_rule("third", RangeSet(), "test"))
+    registry.opened = True
+    with pytest.raises(ValueError, match="'first' cannot be replaced"):
+        registry.replace(deny_rule("first", RangeSet(), "test"))
+    assert registry.refuser(2) is not None
+
+
 def test_unregistering_after_open_warns_and_keeps_refusing() -> None:
     registry = Registry()
     registry.register(deny_rule("r", RangeSet([(0, PAGE)]), "r"))

@@ -11,10 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from capture import memory_map
-from capture.machine import SOURCES
-from capture.memory_map import Device, Envelope
-from capture.sources import report
-from capture.sources.report import Finding, SourceReport
+from capture.envelope import Envelope
+from capture.memory_map import Device
 from guard.ranges import Range, RangeSet
 from guard.registry import Registry, deny_rule
 from guard.witness.memory import Problems
@@ -22,13 +20,6 @@ from guard.witness.memory import Problems
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 PAGE = 4096
 NONE = RangeSet()
-
-
-def reports(**findings: list[tuple[int, int, str]]) -> dict[str, SourceReport]:
-    return {
-        name: SourceReport(name, name, tuple(Finding(a, b, k, "") for a, b, k in findings.get(name, [])), (), True)
-        for name in SOURCES
-    }
 
 
 def device(start: int = 16 * GIB, blocks: int = 64, bitmap: bytes | None = b"\x0f", **more: object) -> Device:
@@ -41,78 +32,6 @@ def device(start: int = 16 * GIB, blocks: int = 64, bitmap: bytes | None = b"\x0
         "" if bitmap is not None else "no answer",
     )
     return made._replace(**more)  # type: ignore[arg-type]
-
-
-def envelope_of(
-    made: dict[str, SourceReport], devices: list[Device] | None = None, images: RangeSet = NONE
-) -> tuple[Envelope, list[str]]:
-    problems = Problems()
-    return memory_map.envelope(made, devices or [], images, problems), problems
-
-
-RAM, RESERVED, WINDOW = report.RAM, report.RESERVED, report.HOTPLUG_WINDOW
-
-
-def test_fw_cfg_is_believed_where_it_is() -> None:
-    env, problems = envelope_of(
-        reports(
-            fw_cfg=[(0, 640 * KIB, RAM), (MIB, 2 * GIB, RAM), (2 * GIB, 3 * GIB, RESERVED)],
-            srat=[(0, 4 * GIB, RAM)],
-            smbios=[(0, 2 * GIB, RAM)],
-        )
-    )
-    assert env.boot == RangeSet([(0, 640 * KIB), (MIB, 2 * GIB)])
-    assert env.source == "fw_cfg"
-    assert problems == []
-
-
-def test_a_source_that_lacks_what_fw_cfg_calls_ram_is_told_and_fw_cfg_believed() -> None:
-    env, problems = envelope_of(reports(fw_cfg=[(0, 2 * GIB, RAM)], smbios=[(0, GIB, RAM)]))
-    assert env.boot == RangeSet([(0, 2 * GIB)])
-    assert problems == ["smbios does not have 0x40000000-0x7fffffff, which fw_cfg calls RAM; fw_cfg is believed"]
-
-
-@pytest.mark.parametrize(
-    ("found", "boot", "source"),
-    [
-        ({"srat": [(0, 3 * GIB, RAM)], "smbios": [(0, 2 * GIB, RAM)]}, [(0, 2 * GIB)], "smbios and srat"),
-        ({"srat": [(0, 3 * GIB, RAM)]}, [(0, 3 * GIB)], "srat"),
-        ({"smbios": [(0, 2 * GIB, RAM)]}, [(0, 2 * GIB)], "smbios"),
-        ({}, [], "nothing"),
-    ],
-)
-def test_without_fw_cfg_only_what_all_others_agree_on_is_ram(
-    found: dict[str, list[tuple[int, int, str]]], boot: list[tuple[int, int]], source: str
-) -> None:
-    env, problems = envelope_of(reports(**found))
-    assert (env.boot, env.source, problems) == (RangeSet(boot), source, [])
-
-
-def test_without_any_source_images_are_what_there_is() -> None:
-    env, _ = envelope_of(reports(), images=RangeSet([(0, GIB)]))
-    assert (env.boot, env.source) == (RangeSet([(0, GIB)]), "images")
-
-
-def test_ram_without_an_image_is_left_out_and_told() -> None:
-    env, problems = envelope_of(reports(fw_cfg=[(0, 2 * GIB, RAM)]), images=RangeSet([(0, GIB)]))
-    assert env.boot == RangeSet([(0, GIB)])
-    assert problems == ["no image holds 0x40000000-0x7fffffff, which fw_cfg calls RAM; it is left out"]
-
-
-def test_what_the_firmware_map_still_calls_reserved_comes_off() -> None:
-    env, _ = envelope_of(
-        reports(fw_cfg=[(0, 2 * GIB, RAM)], firmware_memmap=[(GIB, GIB + MIB, RESERVED), (0, MIB, RAM)])
-    )
-    assert env.boot == RangeSet([(0, GIB), (GIB + MIB, 2 * GIB)])
-
-
-def test_device_regions_are_neither_boot_ram_nor_hotplug_window() -> None:
-    d = device()
-    env, _ = envelope_of(reports(fw_cfg=[(0, 17 * GIB, RAM)], srat=[(16 * GIB, 32 * GIB, WINDOW)]), [d])
-    region = RangeSet([d.region])
-    assert env.regions == region
-    assert not env.boot & region
-    assert env.window == RangeSet([(16 * GIB, 32 * GIB)]) - region
 
 
 @given(st.binary(max_size=12), st.integers(1, 80))
@@ -146,39 +65,6 @@ def env_of(boot: list[tuple[int, int]], window: RangeSet = NONE) -> Envelope:
     return Envelope(RangeSet(boot), window, NONE, "test")
 
 
-def test_tree_narrows_boot_ram_and_opens_the_window() -> None:
-    problems = Problems()
-    env = env_of([(0, 4 * GIB)], RangeSet([(16 * GIB, 32 * GIB)]))
-    tree = RangeSet([(0, 3 * GIB), (16 * GIB, 17 * GIB)])
-    assert memory_map.witnessed_ram(env, tree, problems) == tree
-    assert problems == []
-
-
-def test_what_the_tree_has_outside_of_firmware_is_told_and_not_read() -> None:
-    problems = Problems()
-    tree = RangeSet([(0, 4 * GIB), (8 * GIB, 9 * GIB)])
-    assert memory_map.witnessed_ram(env_of([(0, 4 * GIB)]), tree, problems) == RangeSet([(0, 4 * GIB)])
-    assert len(problems) == 1
-    assert "0x200000000-0x23fffffff" in problems[0]
-    assert "not read" in problems[0]
-
-
-@pytest.mark.parametrize(
-    "tree",
-    [
-        [(0, GIB)],
-        [(1 << 40, 1 << 41)],
-        [(0, 1 << 63)],
-        [(0, 4 * GIB), (1 << 60, (1 << 60) + 5 * GIB)],
-    ],
-)
-def test_tree_that_is_not_plausible_costs_nothing(tree: list[tuple[int, int]]) -> None:
-    problems = Problems()
-    assert memory_map.witnessed_ram(env_of([(0, 4 * GIB)]), RangeSet(tree), problems) is None
-    assert len(problems) == 1
-    assert "not plausible" in problems[0]
-
-
 def test_reservations_count_only_where_the_capture_kernel_really_is() -> None:
     problems = Problems()
     own = RangeSet([(GIB, GIB + 128 * MIB)])
@@ -202,13 +88,32 @@ def test_hotplug_window_is_closed_until_a_witness_tells_what_was_there() -> None
     registry = Registry()
     memory_map.install_rules(registry, env, NONE, [])
     assert not registry.ram(window)
-    memory_map.install_witness(registry, env, RangeSet([(MIB, GIB), (16 * GIB, 17 * GIB)]))
+    memory_map.settle(registry, env._replace(confirmed=True), RangeSet([(MIB, GIB), (16 * GIB, 17 * GIB)]))
     assert registry.ram(env.all) == RangeSet([(MIB, GIB), (16 * GIB, 17 * GIB)])
+
+
+def test_what_only_the_dead_kernel_could_have_settled_stays_closed_without_it() -> None:
+    window, disputed = RangeSet([(16 * GIB, 32 * GIB)]), RangeSet([(2 * GIB, 3 * GIB)])
+    env = env_of([(MIB, GIB)], window)._replace(disputed=disputed, heard=RangeSet([(4 * GIB, 5 * GIB)]))
+    registry = Registry()
+    memory_map.install_rules(registry, env, NONE, [])
+    assert registry.ram(env.all) == env.boot | disputed | env.heard, "records are looked up there"
+    after = env._replace(heard=NONE)
+    memory_map.settle(registry, after, NONE)
+    assert registry.ram(env.all) == env.boot
+    assert [rule.name for rule in registry] == ["envelope", "capture kernel", "hotplug window", "disputed"]
+
+
+def test_reservations_are_believed_where_nothing_tells_what_the_capture_kernel_owns() -> None:
+    problems = Problems()
+    reserved = [("crashk_res", GIB, 2 * GIB)]
+    assert memory_map.plausible_reservations(reserved, None, problems) == RangeSet([(GIB, 2 * GIB)])
+    assert problems == []
 
 
 def test_two_devices_that_claim_one_region_are_both_asked() -> None:
     a, b = device(bitmap=b"\x0f"), device(bitmap=b"\x3c", name="0000:00:05.0")
-    env, _ = envelope_of(reports(fw_cfg=[(0, GIB, RAM)]), [a, b])
+    env = env_of([(0, GIB)])._replace(regions=RangeSet([a.region]))
     registry = Registry()
     memory_map.install_rules(registry, env, NONE, [a, b])
     assert registry.ram(RangeSet([a.region])) == a.plugged & b.plugged
@@ -235,9 +140,13 @@ def test_more_devices_than_any_machine_has_close_the_whole_window() -> None:
 page_ranges = st.lists(st.tuples(st.integers(0, 64), st.integers(0, 64)), max_size=6)
 
 
-@given(page_ranges, page_ranges, page_ranges, st.integers(0, PAGE - 1))
-def test_map_cuts_where_verdict_or_provenance_changes_and_nowhere_else(
-    boot: list[tuple[int, int]], refused: list[tuple[int, int]], claimed: list[tuple[int, int]], shift: int
+@given(page_ranges, page_ranges, page_ranges, page_ranges, st.integers(0, PAGE - 1))
+def test_map_cuts_where_verdict_provenance_or_what_is_shown_changes_and_nowhere_else(
+    boot: list[tuple[int, int]],
+    refused: list[tuple[int, int]],
+    claimed: list[tuple[int, int]],
+    seen: list[tuple[int, int]],
+    shift: int,
 ) -> None:
     def spans(pages: list[tuple[int, int]]) -> RangeSet:
         return RangeSet((a * PAGE, b * PAGE) for a, b in pages)
@@ -247,7 +156,7 @@ def test_map_cuts_where_verdict_or_provenance_changes_and_nowhere_else(
     registry = Registry()
     memory_map.install_rules(registry, env, NONE, [])
     registry.register(deny_rule("test", spans(refused), "test"))
-    found = list(memory_map.entries(registry, env, [], {"source": claim}))
+    found = list(memory_map.entries(registry, env, [], {"source": claim}, spans(seen)))
     for a, b in pairwise(found):
         assert a.range.end <= b.range.start
         assert a.range.end < b.range.start or a[1:] != b[1:]
@@ -257,15 +166,16 @@ def test_map_cuts_where_verdict_or_provenance_changes_and_nowhere_else(
         rule = registry.refuser(paddr // PAGE)
         assert e.refused_by == (rule.name if rule else "")
         assert e.kind == ("ram" if paddr in env.boot else "other")
+        assert e.shown == (rule is not None or paddr in spans(seen))
 
 
 @pytest.mark.timeout(60)
 def test_map_of_a_device_in_tens_of_thousands_of_pieces_is_made_at_once() -> None:
     d = device(blocks=1 << 17, bitmap=b"\x55" * (1 << 14))
-    env, _ = envelope_of(reports(fw_cfg=[(0, GIB, RAM)]), [d])
+    env = env_of([(0, GIB)])._replace(regions=RangeSet([d.region]))
     registry = Registry()
     memory_map.install_rules(registry, env, NONE, [d])
-    found = list(memory_map.entries(registry, env, [d], {d.name: d.plugged}))
+    found = list(memory_map.entries(registry, env, [d], {d.name: d.plugged}, env.all))
     assert len(found) == (1 << 17) + 1
 
 

@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""After the collector: what reads have lost, and the end of the service.
+
+`oldmem init` returns before anyone reads, so pages that fail later are in no exit status of its. The server counts
+them; this asks it, takes its mounts away, and leaves the reports where they were served, as plain files."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from typing import Any
+
+from capture.fuse import mounted_device, unmount_all
+from capture.init import FOLDER, GUARD, MAP
+from guard import child, procvmcore, whole_file
+from guard.errors import Error
+from guard.ranges import Range
+
+_TIMEOUT = 30.0  # seconds
+_MOST_REPORT = 64 << 20  # bytes
+_PIECE = 1 << 20
+
+
+def end(folder: str = FOLDER, over: str = procvmcore.PATH) -> list[str]:
+    """End the service at *folder* and over the file *over*, if there is one; a line for all that the vmcore lacked or
+    that reads lost. To be called again it needs nothing but the reports. Raises Error where no report is to be had: then
+    nothing tells what was lost."""
+    device = mounted_device(folder)
+    try:
+        reports = {name: _read(f"{folder}/{name}") for name in (GUARD, MAP)}
+    finally:
+        if device:
+            unmount_all([folder, over], device)
+    if device:
+        try:
+            for name, data in reports.items():
+                whole_file.replace(f"{folder}/{name}", data)
+        except OSError as e:
+            raise Error(f"{e.filename or folder}: {e.strerror}") from None
+    return list(_lost(reports[GUARD], f"{folder}/{GUARD}"))
+
+
+def _read(path: str) -> bytes:
+    """A report, read in a child: a server that hangs must not hang us."""
+    fd = os.memfd_create("oldmem report", os.MFD_CLOEXEC)
+    try:
+        why = child.run(lambda: _copy(path, fd), _TIMEOUT)
+        size = os.lseek(fd, 0, os.SEEK_END)
+        if why or not size:
+            raise Error(f"{path}: no report, so that nothing tells what reads have lost{why and ': '}{why}")
+        return os.pread(fd, size, 0)
+    finally:
+        os.close(fd)
+
+
+def _copy(path: str, fd: int) -> None:
+    with open(path, "rb", buffering=0) as file:
+        size = 0
+        while size < _MOST_REPORT and (data := file.read(_PIECE)):
+            size += os.write(fd, data)
+
+
+def _lost(data: bytes, path: str) -> Iterator[str]:
+    try:
+        found: dict[str, Any] = json.loads(data)
+        for part, what in (("lost", "is lost"), ("unreadable", "could not be read and is zeros")):
+            for item in found.get(part, []):
+                yield f"{Range(item['start'], item['end'])} {what}: {item['why']}"
+    except (ValueError, TypeError, KeyError, AttributeError):
+        raise Error(f"{path}: not a report of ours, so that nothing tells what reads have lost") from None

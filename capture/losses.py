@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What was RAM of the dead machine and is not in its vmcore, and why: exit status 0 means that there is nothing of it.
+
+Not lost is what a rule refuses on evidence of its own: broken, unplugged, given away, the capture kernel's own. Lost is
+what is refused only because no source calls it RAM or nothing tells its state, and what may be read but no file
+shows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import islice
+from typing import TYPE_CHECKING, NamedTuple
+
+from capture.envelope import FIRST_MIB
+from guard.ranges import Range, RangeSet
+from guard.registry import NOT_RAM
+
+if TYPE_CHECKING:
+    from capture.dump import Dump
+
+MOST = 8192
+"""Runs told of a fragmented machine."""
+
+
+class Loss(NamedTuple):
+    """Physical bytes that were RAM, or may have been, and are missing or zeros in the vmcore; *why* says which source
+    cut them."""
+
+    range: Range
+    why: str
+
+
+def losses(dump: Dump) -> list[Loss]:
+    """All that is lost of *dump*, ascending."""
+    found = [Loss(r, "no source shows it") for r in hidden(dump)]
+    found += cut(dump)
+    return sorted(found)
+
+
+def cut(dump: Dump) -> list[Loss]:
+    """What is refused without evidence of its own, and therefore missing from the vmcore."""
+    env, arch = dump.envelope, dump.arch
+    left: list[Loss] = []
+    told = RangeSet()
+
+    def add(ranges: RangeSet, why: str) -> None:
+        nonlocal told
+        left.extend(Loss(r, why) for r in ranges - told)
+        told |= ranges
+
+    add(unasked(dump), "nothing tells its state")
+    theirs = (dump.machine.own | FIRST_MIB | arch.reserved).outer_pages(dump.machine.page_size)
+    ram = (arch.system_ram - theirs).inner_pages(dump.machine.page_size)
+    add(ram & env.no_ram, "the dead kernel used it as System RAM, but firmware or this kernel has something else there")
+    add(ram & env.decoded, "the dead kernel used it as System RAM, but this kernel has a bus there")
+    add(ram & env.absent, "no image holds it")
+    add(ram - env.all, f"the dead kernel used it as System RAM, but {env.source} does not have it")
+    add(missing(dump), "the kernel's own header has it, and nothing else tells of it")
+    add((env.absent - theirs).inner_pages(dump.machine.page_size), f"{env.source} calls it RAM, but no image holds it")
+    add(arch.contradicted, "the dead kernel had struct pages for it, but its resource tree lacks it")
+    if not env.confirmed and not dump.machine.header_is_the_kernels:
+        add(env.disputed, "one source calls it RAM, another speaks against it, and no dead kernel tells")
+        add(env.window, "nothing tells what was hot-plugged there")
+    return left
+
+
+def missing(dump: Dump) -> RangeSet:
+    """What the kernel's own header has and this vmcore would lack, though no rule refuses it on its own evidence."""
+    env, machine = dump.envelope, dump.machine
+    if machine.core_header is None or machine.header_is_the_kernels:
+        return RangeSet()
+    theirs = machine.own | FIRST_MIB | dump.arch.reserved | env.no_ram
+    listed = (dump.preloaded_ranges() - theirs.outer_pages(machine.page_size)).inner_pages(machine.page_size)
+    unfounded = (listed - env.all) | (listed & (env.unsettled | dump.arch.contradicted))
+    unfounded -= dump.registry.ram(unfounded)
+    return unfounded | (listed & RangeSet(hidden(dump)))
+
+
+def hidden(dump: Dump) -> Iterator[Range]:
+    """What may be read, but no source shows: it is zeros. Of a fragmented machine no more than MOST runs."""
+    shown = dump.memory.covered
+    runs = (run for run in dump.readable_runs() if not shown.covers(*run))
+    yield from RangeSet(islice(runs, MOST)) - shown
+
+
+def unasked(dump: Dump) -> RangeSet:
+    """What was System RAM and is refused only because what was to be asked about it did not answer."""
+    silent = RangeSet(d.region for d in dump.machine.devices if d.bitmap is None)
+    for rule in dump.registry:
+        if rule.trouble == NOT_RAM:
+            silent |= rule.troubled
+    if dump.envelope.confirmed:
+        silent &= dump.arch.system_ram
+    return silent - dump.registry.ram(silent)

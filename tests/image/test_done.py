@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The end of the service: `oldmem done` says what reads lost, and leaves neither mount nor process."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from capture.done import end
+from guard.errors import Error
+from tests.image.machines import PAGE, RecordedKernel
+
+HAVE_FUSE = os.geteuid() == 0 and os.path.exists("/dev/fuse") and not os.path.exists("/proc/vmcore")
+needs_fuse = pytest.mark.skipif(not HAVE_FUSE, reason="needs root and /dev/fuse, and no capture kernel")
+
+
+def in_namespace(folder: Path, script: str, tmp_path: Path) -> list[str]:
+    """The lines that *script* says, run in a mount namespace with an empty /run; $0 is *folder*, o runs the command."""
+    head = f'mount -t tmpfs tmpfs /run || exit 99\no() {{ "{sys.executable}" -m capture "$@"; }}\n'
+    (tmp_path / "script").write_text(head + script)
+    words = ["timeout", "60", "unshare", "--mount", "--propagation", "private", "bash", "-c", f". {tmp_path}/script"]
+    done = subprocess.run([*words, folder], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=90)
+    if done.returncode == 99:
+        pytest.skip("cannot mount in a namespace")
+    return done.stdout.splitlines()
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> RecordedKernel:
+    machine = RecordedKernel()
+    machine.shrink()
+    machine.finish_kernel()
+    machine.write(tmp_path / "machine")
+    return machine
+
+
+@needs_fuse
+def test_done_ends_the_service_and_keeps_the_reports(small: RecordedKernel, tmp_path: Path) -> None:
+    script = """
+        o init -q --machine "$0" >/dev/null; echo init $?
+        cat /run/oldmem/vmcore >/dev/null
+        o done; echo done $?
+        grep -c /run/oldmem /proc/self/mountinfo
+        for i in $(seq 100); do pgrep -f "init -q --machine $0" >/dev/null || break; sleep 0.1; done; echo waited
+        pgrep -f "init -q --machine $0"
+        ls /run/oldmem
+        o done; echo again $?
+    """
+    lines = in_namespace(tmp_path / "machine", script, tmp_path)
+    assert lines == ["init 0", "done 0", "0", "waited", "guard.json", "map.json", "again 0"]
+
+
+@needs_fuse
+def test_done_tells_what_reads_lost_after_init_had_gone_well(small: RecordedKernel, tmp_path: Path) -> None:
+    """The image is cut off while it is served, as broken memory would be."""
+    script = f"""
+        o init -q --machine "$0" >/dev/null; echo init $?
+        truncate -s -{4 * PAGE} "$0/ram.raw"
+        cat /run/oldmem/vmcore.direct >/dev/null
+        o done; echo done $?
+    """
+    lines = in_namespace(tmp_path / "machine", script, tmp_path)
+    assert lines[0] == "init 0"
+    assert lines[-1] == "done 4"
+    (line,) = lines[1:-1]
+    assert line.startswith("oldmem: warning: 0x")
+    assert line.endswith(" could not be read and is zeros: No data available")
+
+
+def test_done_fails_where_nothing_is_served(tmp_path: Path) -> None:
+    with pytest.raises(Error, match=r"guard\.json: no report, so that nothing tells what reads have lost"):
+        end(str(tmp_path), str(tmp_path / "vmcore"))
+
+
+@pytest.mark.parametrize("report", [b"", b"{", b"[]", b'{"lost": [1]}', b'{"unreadable": [{"start": 1}]}'])
+def test_done_fails_in_one_line_where_the_report_is_none(report: bytes, tmp_path: Path) -> None:
+    for name in ("guard.json", "map.json"):
+        (tmp_path / name).write_bytes(report or b"")
+    with pytest.raises(Error) as caught:
+        end(str(tmp_path), str(tmp_path / "vmcore"))
+    assert "nothing tells what reads have lost" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_done_tells_what_was_lost_before_anyone_read(tmp_path: Path) -> None:
+    report = {"lost": [{"start": 0x1000, "end": 0x3000, "why": "no image holds it"}], "unreadable": []}
+    (tmp_path / "guard.json").write_text(json.dumps(report))
+    (tmp_path / "map.json").write_text("{}")
+    assert end(str(tmp_path), str(tmp_path / "vmcore")) == ["0x1000-0x2fff is lost: no image holds it"]
