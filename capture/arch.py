@@ -48,8 +48,8 @@ class Arch:
     """One machine's architecture, and what is known of its dead kernel once :meth:`hear` has listened to it.
 
     *info* is its VMCOREINFO, *dead* its records by page walk, *system_ram* what a sound resource tree has as RAM,
-    *contradicted* what that tree lacks against the word of two others, *reserved* the crash reservations; each may be
-    missing or empty."""
+    *reserved* the crash reservations; each may be missing or empty. *doubts* are memory that is refused though its
+    records contradict each other, and why."""
 
     name = ""
     kernel_builds_header = False
@@ -61,7 +61,7 @@ class Arch:
         self.dead: DeadKernel | None = None
         self.system_ram = RangeSet()
         self.reserved = RangeSet()
-        self.contradicted = RangeSet()
+        self.doubts: list[tuple[RangeSet, str]] = []
 
     def look(self, segments: list[Segment]) -> None:
         """Learn from images of memory as it lies now, before anything is made of them; *segments* ascend."""

@@ -57,7 +57,8 @@ def cut(dump: Dump) -> list[Loss]:
     add(ram - env.all, f"the dead kernel used it as System RAM, but {env.source} does not have it")
     add(missing(dump), "the kernel's own header has it, and nothing else tells of it")
     add((env.absent - theirs).inner_pages(dump.machine.page_size), f"{env.source} calls it RAM, but no image holds it")
-    add(arch.contradicted, "the dead kernel had struct pages for it, but its resource tree lacks it")
+    for ranges, why in arch.doubts:
+        add(ranges - theirs, why)
     if not env.confirmed and not dump.machine.header_is_the_kernels:
         add(env.disputed, "one source calls it RAM, another speaks against it, and no dead kernel tells")
         add(env.window, "nothing tells what was hot-plugged there")
@@ -71,9 +72,17 @@ def missing(dump: Dump) -> RangeSet:
         return RangeSet()
     theirs = machine.own | FIRST_MIB | dump.arch.reserved | env.no_ram
     listed = (dump.preloaded_ranges() - theirs.outer_pages(machine.page_size)).inner_pages(machine.page_size)
-    unfounded = (listed - env.all) | (listed & (env.unsettled | dump.arch.contradicted))
+    beyond = listed - env.all
+    if env.confirmed:
+        beyond &= dump.arch.system_ram  # what a sound tree lacks is gone: this header is stale
+    unfounded = beyond | listed & RangeSet(r for ranges in (env.unsettled, *doubts(dump)) for r in ranges)
     unfounded -= dump.registry.ram(unfounded)
     return unfounded | (listed & RangeSet(hidden(dump)))
+
+
+def doubts(dump: Dump) -> list[RangeSet]:
+    """Memory that is refused though the dead kernel's records contradict each other there."""
+    return [ranges for ranges, _ in dump.arch.doubts]
 
 
 def hidden(dump: Dump) -> Iterator[Range]:

@@ -20,6 +20,7 @@ from guard.rules import hwpoison, machine_check, page_offline, sections
 from guard.witness import e820
 from guard.witness.dead_kernel import DeadKernel
 from guard.witness.scan import scan
+from guard.witness.sections import Sections, contradictions
 from guard.witness.vmcoreinfo import Vmcoreinfo, note_at
 
 if TYPE_CHECKING:
@@ -155,18 +156,22 @@ class X86_64(Arch):
         online = known.online if known else None
         env = dump.envelope = envelope.witnessed(env, system_ram, online, dump.problems)
         dump.show(env.admitted.inner_pages(dump.registry.page_size))
-        if online:
-            # the header is a snapshot of the tree, the sections are not: what both have, a damaged tree has lost
-            listed = dump.preloaded_ranges() if self.machine.core_header else RangeSet()
-            lacking = (listed & online) | dead.sections_without_ram()
-            lacking -= system_ram | self.reserved
-            kept = (lacking & env.boot).inner_pages(dump.registry.page_size)
-            if kept:
-                dump.problems.note(f"the dead kernel's resource tree lacks {kept}, which was online boot RAM; it is read")
-            system_ram |= kept
-            self.contradicted = (lacking & env.window).inner_pages(dump.registry.page_size)
+        if known and not known.flaw:
+            system_ram |= self._not_lacking(dump, known, system_ram)
         self.system_ram = system_ram
         memory_map.settle(dump.registry, env, system_ram)
+
+    def _not_lacking(self, dump: Dump, known: Sections, system_ram: RangeSet) -> RangeSet:
+        """Boot RAM that a damaged tree, which passes for sound, has lost: the prepared header, a snapshot of the tree,
+        has it, or it is a whole section; and the section is online, which is a record of its own."""
+        listed = dump.preloaded_ranges() if self.machine.core_header else RangeSet()
+        lacking = (listed & known.online) | contradictions(known, system_ram).without_ram
+        lacking = (lacking - system_ram - self.reserved - self.own()).inner_pages(dump.registry.page_size)
+        if kept := lacking & dump.envelope.boot:
+            dump.problems.note(f"the dead kernel's resource tree lacks {kept}, which was online boot RAM; it is read")
+        possible = dump.envelope.window | dump.envelope.disputed
+        self.doubts.append((lacking & possible, "its section was online, but no resource tree has it"))
+        return kept
 
     def _hear_marks(self, dump: Dump, dead: DeadKernel) -> None:
         """Pages that the dead kernel itself would not have touched: offline sections, marks in struct pages, the address
@@ -176,6 +181,10 @@ class X86_64(Arch):
         marks = None
         if known:
             rules.append(sections.rule(known, dump.registry.page_size))
+            sections.without_section(known, self.system_ram, dump.problems)
+            if known.doubtful(dump.envelope.all):
+                offline = known.offline & (self.system_ram or dump.envelope.boot)
+                self.doubts.append((offline, "most of memory would have been offline, which damage is more likely to say"))
             marks = dead.marks(dump.envelope.all)
         if marks:
             rules += [hwpoison.rule(marks), page_offline.rule(marks)]

@@ -35,6 +35,7 @@ def small(tmp_path: Path) -> RecordedKernel:
     machine = RecordedKernel()
     machine.shrink()
     machine.finish_kernel()
+    (tmp_path / "machine").mkdir()
     machine.write(tmp_path / "machine")
     return machine
 
