@@ -42,17 +42,21 @@ def read_file(root: str, relative: str, limit: int, problems: Problems) -> bytes
             return None
         # sysfs and procfs files may state a size of 0, so a size that is too large is only the early way out.
         data = _read_up_to(real, limit + 1) if status.st_size <= limit else None
-    except (FileNotFoundError, NotADirectoryError):
-        problems.add(f"{path}: absent")
-        return None
     except OSError as error:
-        problems.add(f"{path}: cannot be read ({error.strerror}); ignored")
+        _refused(path, "read", error, problems)
         return None
     if data is None or len(data) > limit:
         size = f"{status.st_size} bytes" if data is None else f"more than {limit} bytes"
         problems.add(f"{path}: has {size}, expected at most {limit}; ignored")
         return None
     return data
+
+
+def _refused(path: str, done: str, error: OSError, problems: Problems) -> None:
+    if isinstance(error, (FileNotFoundError, NotADirectoryError)):
+        problems.absent(path)
+    else:
+        problems.add(f"{path}: cannot be {done} ({error.strerror}); ignored")
 
 
 def _read_up_to(path: str, limit: int) -> bytes:
@@ -97,11 +101,8 @@ def numbered(root: str, relative: str, prefix: str, problems: Problems) -> list[
                     problems.add(f"{path}: has more than {_MAX_ENTRIES} entries {prefix}N; the rest is ignored")
                     break
                 found.append(number)
-    except (FileNotFoundError, NotADirectoryError):
-        problems.add(f"{path}: absent")
-        return None
     except OSError as error:
-        problems.add(f"{path}: cannot be listed ({error.strerror}); ignored")
+        _refused(path, "listed", error, problems)
         return None
     return sorted(found)
 

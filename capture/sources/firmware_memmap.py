@@ -1,27 +1,16 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """/sys/firmware/memmap/N/{start,end,type}: the memory map that the running kernel was given at boot (x86).
 
-Layout: Linux drivers/firmware/memmap.c, names from arch/x86/kernel/e820.c:e820_type_to_string; ends are inclusive. A
+Layout: Linux drivers/firmware/memmap.c, types by their names (sources/e820.py); ends are inclusive. A
 capture kernel is given a map cut down to its own memory, so RAM here is the machine's RAM only in a recording of the
 crashed kernel; the Reserved entries of the crashed kernel survive."""
 
 from __future__ import annotations
 
-from . import files, report
+from . import e820, files, report
 from .report import Finding, Problems, SourceReport
 
 _FOLDER = "sys/firmware/memmap"
-
-_KINDS = {
-    "system ram": report.RAM,
-    "reserved": report.RESERVED,
-    "acpi tables": report.ACPI,
-    "acpi non-volatile storage": report.NVS,
-    "unusable memory": report.UNUSABLE,
-    "persistent memory": report.PERSISTENT,
-    "persistent memory (legacy)": report.PERSISTENT,
-    "soft reserved": report.SOFT_RESERVED,
-}
 
 
 def read(root: str) -> SourceReport:
@@ -37,8 +26,7 @@ def read(root: str) -> SourceReport:
         name = files.read_line(root, f"{entry}/type", problems)
         if first is None or last is None or name is None:
             continue
-        # The ABI document writes "reserved", the code "Reserved".
-        kind = _KINDS.get(name.lower(), report.UNKNOWN)
+        kind = e820.BY_NAME.get(name, report.UNKNOWN)
         where = files.under(root, entry)
         report.add_range(findings, problems, where, first, last + 1, kind, f"entry {number}: {report.shown(name)}")
     return SourceReport("firmware_memmap", path, tuple(findings), problems.lines(), numbers is not None)

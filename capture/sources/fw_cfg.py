@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from struct import Struct
 
-from . import files, report
+from . import e820, files, report
 from .report import Finding, Problems, SourceReport
 
 _FOLDER = "sys/firmware/qemu_fw_cfg"
@@ -26,38 +26,28 @@ _MAX_RAW = 16384
 
 _MAX_NOTE = 1 << 20
 
-_E820_KINDS = {
-    1: report.RAM,
-    2: report.RESERVED,
-    3: report.ACPI,
-    4: report.NVS,
-    5: report.UNUSABLE,
-    7: report.PERSISTENT,
-    12: report.PERSISTENT,
-    0xEFFFFFFF: report.SOFT_RESERVED,
-}
-
 
 def read(root: str) -> SourceReport:
     """Findings: the boot map's ranges by type, and one of kind VMCOREINFO if the crashed kernel registered its note."""
     path = files.under(root, _FOLDER)
     problems = Problems()
     if not files.is_folder(root, _FOLDER):
-        problems.add(f"{path}: absent (not a QEMU guest, or module qemu_fw_cfg is not loaded)")
+        problems.absent(path, "not a QEMU guest, or module qemu_fw_cfg is not loaded")
         return SourceReport("fw_cfg", path, (), problems.lines(), available=False)
     findings: list[Finding] = []
-    e820 = _read_raw(root, "etc/e820", problems)
-    if e820 is not None:
-        findings += parse_e820(e820, _raw(root, "etc/e820"), problems)
+    boot_map = _read_raw(root, "etc/e820", problems)
+    if boot_map is not None:
+        findings += parse_e820(boot_map, _raw(root, "etc/e820"), problems)
     note = _read_raw(root, "etc/vmcoreinfo", problems)
     if note is not None:
         findings += parse_vmcoreinfo(note, _raw(root, "etc/vmcoreinfo"), problems)
-    available = e820 is not None or note is not None
+    available = boot_map is not None or note is not None
     return SourceReport("fw_cfg", path, tuple(findings), problems.lines(), available)
 
 
 def parse_e820(data: bytes, path: str, problems: Problems) -> list[Finding]:
-    """The entries of an etc/e820 blob; *path* names it in problems."""
+    """The entries of an etc/e820 blob, of all types; *path* names it in problems. They may overlap: what of it is RAM
+    tells SourceReport.ram()."""
     findings: list[Finding] = []
     rest = len(data) % _E820_ENTRY.size
     if rest:
@@ -73,7 +63,7 @@ def parse_e820(data: bytes, path: str, problems: Problems) -> list[Finding]:
             f"{path}: entry {number} at offset {offset}",
             start,
             start + length,
-            _E820_KINDS.get(kind, report.UNKNOWN),
+            e820.BY_NUMBER.get(kind, report.UNKNOWN),
             f"e820 entry {number}, type {kind}",
         )
     return findings
@@ -108,7 +98,7 @@ def _read_raw(root: str, name: str, problems: Problems) -> bytes | None:
     """The blob called *name*, if its size attribute (absent from some recorded machines) does not forbid to read it."""
     folder = f"{_FOLDER}/by_name/{name}"
     if not files.is_folder(root, folder):
-        problems.add(f"{files.under(root, folder)}: absent")
+        problems.absent(files.under(root, folder))
         return None
     stated = None
     # raw itself states a size of 0 on a live system.

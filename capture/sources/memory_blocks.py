@@ -22,7 +22,7 @@ def read(root: str) -> SourceReport:
     problems = Problems()
     path = files.under(root, _FOLDER)
     if not files.is_folder(root, _FOLDER):
-        problems.add(f"{path}: absent")
+        problems.absent(path)
         return SourceReport("memory_blocks", path, (), problems.lines(), available=False)
     size = files.read_hexadecimal(root, f"{_FOLDER}/block_size_bytes", problems)
     if size is not None and (size < 4096 or size & (size - 1)):

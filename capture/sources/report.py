@@ -19,12 +19,26 @@ UNUSABLE = "unusable"
 PERSISTENT = "persistent"
 SOFT_RESERVED = "soft reserved"
 UNKNOWN = "unknown"
+"""Of a type that the reader does not know; to be treated as reserved (ACPI 6.5 section 15, "Address Range Types")."""
+NO_RAM = (RESERVED, ACPI, NVS, UNUSABLE, UNKNOWN)
+"""Kinds that say of an address range that it is not ordinary RAM, whoever calls it RAM. Persistent and soft-reserved
+memory is not among them: it is no boot RAM, but can have become System RAM later (drivers/dax/kmem.c)."""
+OTHER_MEMORY = "other memory"
+"""Memory of another use than system memory, as flash: it takes away from the RAM of the same source only."""
 HOTPLUG_WINDOW = "hotplug window"
 """Where memory may be hot-plugged: an address range set aside, not memory that is known to be there."""
 OWN_RAM = "own ram"
 """System RAM of the kernel whose /proc/iomem was read. In a capture environment: never old memory."""
 RAM_BUFFER = "ram buffer"
 CRASH_KERNEL = "crash kernel"
+DEVICE = "device"
+"""Physical addresses that certainly belong to a device: never RAM, whatever another source says."""
+BUS_WINDOW = "bus window"
+"""Physical addresses that a bus decodes, or that a resource claims whose nature its name does not tell. Such a claim
+can be too large and then covers RAM too (_CRS of a host bridge; system-board resources), so it is weaker than DEVICE:
+no RAM, unless two other sources call it RAM."""
+CXL_WINDOW = "cxl window"
+"""Physical addresses through which CXL memory is reached, if there is any: memory then, not a device."""
 DRIVER_CLAIM = "driver claim"
 """Region that the in-kernel virtio_mem driver claimed in normal mode; /dev/mem refuses it whatever iomem= says."""
 ONLINE = "online"
@@ -36,7 +50,7 @@ ELFCOREHDR = "elfcorehdr"
 PHYS_END = 1 << 56
 """No memory lies at or above this physical address: x86_64 has at most 52 bits, aarch64 56, s390x (Linux) 53."""
 
-ABSENT = ": absent"
+_NO_BOOT_RAM = (*NO_RAM, PERSISTENT, SOFT_RESERVED, OTHER_MEMORY)
 
 _MAX_PROBLEMS = 16
 
@@ -50,26 +64,39 @@ class Finding(NamedTuple):
     detail: str
 
 
+class Absent(str):
+    """A problem line that tells no more than that something is not there: that is how most machines are."""
+
+    __slots__ = ()
+
+
 class SourceReport(NamedTuple):
     """What one source told.
 
     *available* is False if there was nothing to read (file absent, refused, addresses hidden: a problem says which);
-    a source that was read and had nothing to tell is available, with no findings."""
+    a source that was read and had nothing to tell is available, with no findings. With *narrows_only* it is known to
+    be damaged: it may take away from what others call memory, but what it alone calls memory is none."""
 
     name: str
     path: str
     findings: tuple[Finding, ...]
     problems: tuple[str, ...]
     available: bool
+    narrows_only: bool = False
 
     def ranges(self, *kinds: str) -> RangeSet:
         """The bytes found to be of any of *kinds*."""
         return RangeSet((f.start, f.end) for f in self.findings if f.kind in kinds)
 
+    def ram(self) -> RangeSet:
+        """The bytes that this source calls RAM and nothing else: the way to ask for RAM. Where entries of a source
+        overlap, the other type wins over RAM, as in Linux (arch/x86/kernel/e820.c:e820__update_table())."""
+        return self.ranges(RAM) - self.ranges(*_NO_BOOT_RAM)
+
     @property
     def damage(self) -> list[str]:
-        """The problems with what is there; that something is absent is how most machines are."""
-        return [line for line in self.problems if ABSENT not in line]
+        """The problems with what is there."""
+        return [line for line in self.problems if not isinstance(line, Absent)]
 
 
 class Problems:
@@ -83,10 +110,18 @@ class Problems:
         self._dropped = 0
 
     def add(self, line: str) -> None:
+        """Tells of something that is there and not as expected."""
+        self._append(one_line(line))
+
+    def absent(self, path: str, why: str = "") -> None:
+        """Tells that *path* is not there, and *why* that may be."""
+        self._append(Absent(one_line(f"{path}: absent" + (f" ({why})" if why else ""))))
+
+    def _append(self, line: str) -> None:
         if len(self._lines) == _MAX_PROBLEMS:
             self._dropped += 1
         else:
-            self._lines.append(one_line(line))
+            self._lines.append(line)
 
     def lines(self) -> tuple[str, ...]:
         if not self._dropped:
@@ -108,7 +143,12 @@ def add_range(
     findings: list[Finding], problems: Problems, where: str, start: int, end: int, kind: str, detail: str
 ) -> None:
     """Appends [start, end) to *findings*, unless no memory can be like that: then the problem is told as being at
-    *where*."""
+    *where*. What is no RAM counts as far as there can be memory: it takes away from what is RAM."""
+    if start < PHYS_END < end and kind in NO_RAM:
+        problems.add(
+            f"{where}: range {start:#x}-{end - 1:#x} ends beyond any physical address; cut off at {PHYS_END:#x}"
+        )
+        end = PHYS_END
     if start >= end:
         problems.add(
             f"{where}: range starts at {start:#x} and ends before {end:#x}, expected at least one byte; ignored"

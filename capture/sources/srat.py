@@ -26,28 +26,32 @@ def read(root: str) -> SourceReport:
     problems = Problems()
     path = files.under(root, _PATH)
     data = files.read_file(root, _PATH, files.MAX_TABLE, problems)
-    findings = () if data is None else tuple(parse(data, path, problems))
-    return SourceReport("srat", path, findings, problems.lines(), data is not None)
+    findings, sound = ([], True) if data is None else parse(data, path, problems)
+    return SourceReport("srat", path, tuple(findings), problems.lines(), data is not None, narrows_only=not sound)
 
 
-def parse(data: bytes, path: str, problems: Problems) -> list[Finding]:
-    """The enabled memory affinity entries of a table; *path* names it in problems. A table that fails its checksum is
-    ignored as a whole, as ACPI demands; of one with a broken chain of subtables, those before the break are used."""
+def parse(data: bytes, path: str, problems: Problems) -> tuple[list[Finding], bool]:
+    """The enabled memory affinity entries of a table, and whether its checksum is right; *path* names it in problems.
+    A table that is not of the right signature and length is ignored as a whole; of one with a broken chain of
+    subtables, those before the break are used. ACPI (5.2.6) would have a table ignored that fails its checksum, but
+    what it does not call memory is still better not read."""
     findings: list[Finding] = []
     if len(data) < _FIRST_SUBTABLE:
         problems.add(f"{path}: has {len(data)} bytes, expected at least {_FIRST_SUBTABLE}; ignored")
-        return findings
+        return findings, True
     signature, length = _HEADER.unpack_from(data)
     if signature != b"SRAT":
         problems.add(f"{path}: signature is {signature!r}, expected b'SRAT'; ignored")
-        return findings
+        return findings, True
     if not _FIRST_SUBTABLE <= length <= len(data):
         problems.add(f"{path}: length at offset 4 is {length}, expected {_FIRST_SUBTABLE} to {len(data)}; ignored")
-        return findings
+        return findings, True
     checksum = sum(memoryview(data)[:length]) & 0xFF
     if checksum:
-        problems.add(f"{path}: bytes sum up to {checksum:#04x}, expected 0x00 (bad checksum); ignored")
-        return findings
+        problems.add(
+            f"{path}: bytes sum up to {checksum:#04x}, expected 0x00 (bad checksum); it may narrow what others call "
+            "memory, and adds nothing"
+        )
     offset = _FIRST_SUBTABLE
     while offset < length:
         size = data[offset + 1] if offset + 1 < length else 0
@@ -60,7 +64,7 @@ def parse(data: bytes, path: str, problems: Problems) -> list[Finding]:
         if data[offset] == _MEMORY_AFFINITY:
             _memory_affinity(data, offset, size, path, findings, problems)
         offset += size
-    return findings
+    return findings, not checksum
 
 
 def _memory_affinity(

@@ -7,9 +7,30 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from capture.sources import cmdline, files, firmware_memmap, fw_cfg, iomem, memory_blocks, smbios, srat
-from capture.sources.report import RAM, RESERVED, Finding, Problems, SourceReport
+from capture.sources.report import (
+    ACPI,
+    BUS_WINDOW,
+    DEVICE,
+    HOTPLUG_WINDOW,
+    NO_RAM,
+    NVS,
+    OTHER_MEMORY,
+    PERSISTENT,
+    PHYS_END,
+    RAM,
+    RESERVED,
+    SOFT_RESERVED,
+    UNKNOWN,
+    UNUSABLE,
+    Finding,
+    Problems,
+    SourceReport,
+    add_range,
+)
 from guard.ranges import RangeSet
 
 SOURCES = [cmdline, firmware_memmap, fw_cfg, iomem, memory_blocks, smbios, srat]
@@ -111,3 +132,61 @@ def test_a_problem_stays_one_printable_line() -> None:
     problems = Problems()
     problems.add("a\nb\x1b[31m\udc80")
     assert problems.lines() == ("a\\nb\\x1b[31m\\udc80",)
+
+
+FINDINGS = st.builds(
+    lambda start, length, kind: Finding(start, start + length, kind, ""),
+    st.integers(0, 64),
+    st.integers(1, 32),
+    st.sampled_from([RAM, RAM, RAM, *NO_RAM, PERSISTENT, SOFT_RESERVED, OTHER_MEMORY, HOTPLUG_WINDOW, DEVICE]),
+)
+
+
+@given(st.lists(FINDINGS, max_size=12))
+def test_ram_is_what_a_source_calls_ram_and_nothing_else(findings: list[Finding]) -> None:
+    def said(byte: int, *kinds: str) -> bool:
+        return any(f.start <= byte < f.end for f in findings if f.kind in kinds)
+
+    ram = SourceReport("x", "x", tuple(findings), (), available=True).ram()
+    for byte in range(96):
+        other = said(byte, RESERVED, ACPI, NVS, UNUSABLE, UNKNOWN, PERSISTENT, SOFT_RESERVED, OTHER_MEMORY)
+        assert (byte in ram) == (said(byte, RAM) and not other)
+
+
+def test_memory_that_can_become_system_ram_is_no_evidence_against_ram() -> None:
+    assert not {PERSISTENT, SOFT_RESERVED, OTHER_MEMORY, HOTPLUG_WINDOW, BUS_WINDOW, RAM} & set(NO_RAM)
+
+
+@pytest.mark.parametrize("kind", NO_RAM)
+def test_what_is_no_ram_counts_as_far_as_there_can_be_memory(kind: str) -> None:
+    findings: list[Finding] = []
+    problems = Problems()
+    add_range(findings, problems, "x", 0x1000, 1 << 64, kind, "")
+    assert findings == [(0x1000, PHYS_END, kind, "")]
+    assert len(problems.lines()) == 1
+    add_range(findings, problems, "x", PHYS_END, 1 << 64, kind, "")
+    assert len(findings) == 1
+
+
+def test_absent_is_no_damage_and_damage_that_reads_like_it_is() -> None:
+    problems = Problems()
+    problems.absent("a")
+    problems.absent("b\n", "as on most machines")
+    problems.add("c: type 'x: absent' is not known; ignored")
+    report = SourceReport("x", "x", (), problems.lines(), available=True)
+    assert report.problems == ("a: absent", "b\\n: absent (as on most machines)", report.damage[0])
+    assert report.damage == ["c: type 'x: absent' is not known; ignored"]
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=lambda s: s.__name__)
+def test_a_source_that_is_not_there_has_no_damage(tmp_path: Path, source: object) -> None:
+    report = source.read(str(tmp_path / "elsewhere"))  # type: ignore[attr-defined]
+    assert report.problems
+    assert report.damage == []
+
+
+def test_damage_below_a_root_of_any_name_is_damage(tmp_path: Path) -> None:
+    table = tmp_path / "machine: absent/sys/firmware/acpi/tables/SRAT"
+    table.parent.mkdir(parents=True)
+    table.write_bytes(b"no table")
+    assert len(srat.read(str(tmp_path / "machine: absent")).damage) == 1

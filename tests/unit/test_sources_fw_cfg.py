@@ -9,7 +9,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from capture.sources import fw_cfg
-from capture.sources.report import ACPI, NVS, RAM, RESERVED, UNKNOWN, VMCOREINFO, Problems
+from capture.sources.report import (
+    ACPI,
+    NVS,
+    PERSISTENT,
+    RAM,
+    RESERVED,
+    SOFT_RESERVED,
+    UNKNOWN,
+    UNUSABLE,
+    VMCOREINFO,
+    Problems,
+    SourceReport,
+)
 from guard.ranges import RangeSet
 
 BOOT_MAP = [(0, 0x9FC00, 1), (0x9FC00, 0x400, 2), (0x100000, 0x7FEE0000, 1), (0x1_0000_0000, 0x4000_0000, 1)]
@@ -101,9 +113,18 @@ def test_bad_e820_entries_are_named_and_the_others_kept(data: bytes, kept: int, 
     assert message in problems.lines()[0]
 
 
-def test_unknown_type_is_no_ram() -> None:
-    findings = fw_cfg.parse_e820(e820([(0x1000, 0x1000, 99)]), "blob", Problems())
-    assert [f.kind for f in findings] == [UNKNOWN]
+TYPES = {2: RESERVED, 3: ACPI, 4: NVS, 5: UNUSABLE, 7: PERSISTENT, 12: PERSISTENT, 0xEFFFFFFF: SOFT_RESERVED}
+UNKNOWN_TYPES = [0, 6, 8, 11, 13, 99, 128, 0xFFFFFFFF]
+
+
+@pytest.mark.parametrize(("number", "kind"), [*TYPES.items(), *((number, UNKNOWN) for number in UNKNOWN_TYPES)])
+def test_entry_of_any_other_type_inside_of_ram_takes_it_away(tmp_path: Path, number: int, kind: str) -> None:
+    ram, other = (0, 0x10000, 1), (0x4000, 0x1000, number)
+    for order, entries in {"before": [other, ram], "behind": [ram, other]}.items():
+        put(tmp_path / order, "etc/e820", e820(entries))
+        report = fw_cfg.read(str(tmp_path / order))
+        assert report.ranges(kind) == RangeSet([(0x4000, 0x5000)])
+        assert report.ram() == RangeSet([(0, 0x4000), (0x5000, 0x10000)])
 
 
 BAD_NOTES = [
@@ -135,6 +156,14 @@ def test_every_possible_entry_comes_back(entries: list[tuple[int, int, int]]) ->
     assert [(f.start, f.end - f.start) for f in findings] == [entry[:2] for entry in entries]
     assert [f.kind == RAM for f in findings] == [kind == 1 for _, _, kind in entries]
     assert problems.lines() == ()
+
+
+@given(st.lists(st.tuples(st.integers(0, 60), st.integers(1, 20), st.sampled_from([1, 1, 2, 7, 99])), max_size=12))
+def test_ram_of_a_map_is_no_byte_of_an_entry_of_another_type(entries: list[tuple[int, int, int]]) -> None:
+    report = SourceReport("x", "x", tuple(fw_cfg.parse_e820(e820(entries), "blob", Problems())), (), available=True)
+    for byte in range(80):
+        types = {kind for start, length, kind in entries if start <= byte < start + length}
+        assert (byte in report.ram()) == (types == {1})
 
 
 @given(st.binary(max_size=400))

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
@@ -10,12 +11,20 @@ from hypothesis import strategies as st
 from capture.sources import iomem
 from capture.sources.report import (
     ACPI,
+    BUS_WINDOW,
     CRASH_KERNEL,
+    CXL_WINDOW,
+    DEVICE,
     DRIVER_CLAIM,
     OWN_RAM,
+    PERSISTENT,
+    RAM,
     RAM_BUFFER,
     RESERVED,
+    SOFT_RESERVED,
+    UNKNOWN,
     Problems,
+    SourceReport,
 )
 from guard.ranges import RangeSet
 
@@ -48,6 +57,213 @@ def put(root: Path, text: str) -> str:
     (root / "proc").mkdir(exist_ok=True)
     (root / "proc/iomem").write_text(text)
     return str(root)
+
+
+# A desktop, a server with VMD, a guest with CXL memory: real listings, cut down
+DEVICES = """\
+00000000-00000fff : Reserved
+000a0000-000bffff : PCI Bus 0000:00
+000c0000-000cfdff : Video ROM
+  000c0000-000c7fff : pnp 00:01
+3f000000-3fffffff : RAM buffer
+62000000-68ffffff : Reserved
+  64000000-67ffffff : Graphics Stolen Memory
+  68fff000-68ffffff : MSFT0101:00
+70000000-bfffffff : PCI Bus 0000:00
+  70000000-700fffff : PCI Bus 0000:01
+    70000000-70003fff : 0000:01:00.0
+      70000000-70003fff : nvme
+  74000000-75ffffff : 0000:00:0e.0
+    74000000-75ffffff : VMD MEMBAR1
+      74000000-740fffff : PCI Bus 10000:e1
+        74000000-74003fff : 10000:e1:00.0
+  7f000000-7f07ffff : amd_iommu
+  7f100000-7f100fff : pnp 00:07
+c0000000-cfffffff : pnp 00:05
+  c0000000-cdffffff : PCI ECAM 0000 [bus 00-df]
+e0000000-efffffff : PCI MMCONFIG 0001 [bus 00-ff]
+  e0000000-efffffff : Reserved
+    e0000000-efffffff : PNP0C01:00
+f0000000-f00fffff : 10000:02:00.0
+fec00000-fec003ff : IOAPIC 0
+fed00000-fed003ff : HPET 2
+  fed00000-fed003ff : PNP0103:00
+fed90000-fed90fff : dmar0
+fee00000-fee00fff : Local APIC
+  fee00000-fee00fff : Reserved
+"""
+
+
+def spans(report: SourceReport, kind: str) -> list[tuple[int, int]]:
+    return [(f.start, f.end - 1) for f in report.findings if f.kind == kind]
+
+
+def test_devices_and_bus_windows_are_told_once_each(tmp_path: Path) -> None:
+    report = iomem.read(put(tmp_path, DEVICES))
+    assert spans(report, DEVICE) == [
+        (0x64000000, 0x67FFFFFF),
+        (0x70000000, 0x70003FFF),
+        (0x74000000, 0x75FFFFFF),
+        (0x7F000000, 0x7F07FFFF),
+        (0xC0000000, 0xCDFFFFFF),
+        (0xE0000000, 0xEFFFFFFF),
+        (0xF0000000, 0xF00FFFFF),
+        (0xFEC00000, 0xFEC003FF),
+        (0xFED00000, 0xFED003FF),
+        (0xFED90000, 0xFED90FFF),
+        (0xFEE00000, 0xFEE00FFF),
+    ]
+    assert spans(report, BUS_WINDOW) == [
+        (0xA0000, 0xBFFFF),
+        (0x68FFF000, 0x68FFFFFF),
+        (0x70000000, 0xBFFFFFFF),
+        (0xC0000000, 0xCFFFFFFF),
+    ]
+    assert report.problems == ()
+
+
+NO_DEVICES = [
+    "0000:00:1f", "0000:00:1f.", "0000:00:1f.8", "0000:00:1g.0", "00:00:1f.2", "0000:00-1f.2", "0000:00:1f.2 ",
+    "0000:00:1f.22", "000x:00:1f.2", "000000000:00:1f.2", "+000:00:1f.2", "0000:00:1f.2 0000:00:1f.2",
+    "IOAPIC", "IOAPIC x", "HPET", "dmar", "dmar0 x", "AMD-Vi", "PCI", "GART", "Local APIC 1",
+    "PNP0C01:00", "pnp 00:03", "INT0800:00", "virtio-pci-modern", "fb", "Xen scratch", "port1", "10:20",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NO_DEVICES)
+def test_name_that_does_not_say_what_it_is_is_a_bus_window(tmp_path: Path, name: str) -> None:
+    report = iomem.read(put(tmp_path, f"1000-1fff : {name}\n"))
+    assert [f.kind for f in report.findings] == [BUS_WINDOW]
+
+
+MEMORY = [
+    ("RAM buffer", RAM_BUFFER),
+    ("Reserved", RESERVED),
+    ("reserved", RESERVED),
+    ("ACPI Tables", ACPI),
+    ("Unknown E820 type", UNKNOWN),
+    ("Persistent Memory", PERSISTENT),
+    ("Soft Reserved", SOFT_RESERVED),
+    ("System RAM", OWN_RAM),
+    ("System RAM (kmem)", OWN_RAM),
+    ("Crash kernel", CRASH_KERNEL),
+    ("CXL Window 12", CXL_WINDOW),
+    *((name, "") for name in ("Kernel code", "Kernel rodata", "Kernel data", "Kernel bss", "Video ROM", "System ROM")),
+    *((name, "") for name in ("Adapter ROM", "Extension ROM", "dax0.0", "region0", "namespace1.0", "hmem.0")),
+]
+
+
+@pytest.mark.parametrize(("name", "kind"), MEMORY)
+def test_memory_is_neither_device_nor_bus_window(tmp_path: Path, name: str, kind: str) -> None:
+    report = iomem.read(put(tmp_path, f"1000-1fff : {name}\n"))
+    assert [f.kind for f in report.findings] == ([kind] if kind else [])
+
+
+CXL = """\
+180000000-1ffffffff : Soft Reserved
+  180000000-1bfffffff : dax1.0
+    180000000-1bfffffff : System RAM (kmem)
+5c0001128-5c00011b7 : port1
+5d0000000-64fffffff : CXL Window 0
+  5d0000000-64fffffff : region0
+    5d0000000-64fffffff : dax0.0
+      5d0000000-5dfffffff : System RAM (kmem)
+a90000000-aafffffff : Persistent Memory
+  a90000000-aafffffff : region1
+    a90000000-a97ffffff : namespace0.0
+    a98000000-a98000fff : btt0.1
+"""
+
+
+def test_parts_of_memory_of_a_bus_are_no_findings(tmp_path: Path) -> None:
+    report = iomem.read(put(tmp_path, CXL))
+    assert spans(report, CXL_WINDOW) == [(0x5D0000000, 0x64FFFFFFF)]
+    assert spans(report, OWN_RAM) == [(0x180000000, 0x1BFFFFFFF), (0x5D0000000, 0x5DFFFFFFF)]
+    assert spans(report, BUS_WINDOW) == [(0x5C0001128, 0x5C00011B7)]
+    assert spans(report, DEVICE) == []
+    assert len(report.findings) == 6
+
+
+def test_bus_of_wrong_firmware_inside_of_a_cxl_window_is_a_bus_window(tmp_path: Path) -> None:
+    text = """\
+480010000-cffffffff : CXL Window 0
+  4c0200000-cffffffff : PCI Bus 0000:00
+    4c0200000-4c0203fff : 0000:00:03.0
+    4c0300000-4c0303fff : efifb
+"""
+    report = iomem.read(put(tmp_path, text))
+    assert [f.kind for f in report.findings] == [CXL_WINDOW, BUS_WINDOW, DEVICE]
+
+
+def test_own_memory_inside_of_a_bus_window_too_large_is_own_memory(tmp_path: Path) -> None:
+    text = "0-ffffffff : PCI Bus 0000:00\n  1000000-1ffffff : System RAM\n    1000000-10fffff : Kernel code\n"
+    report = iomem.read(put(tmp_path, text))
+    assert [f.kind for f in report.findings] == [BUS_WINDOW, OWN_RAM]
+
+
+def test_memory_of_other_architectures_is_no_bus_window(tmp_path: Path) -> None:
+    text = """\
+40000000-bfffffff : System RAM
+  40210000-4180ffff : Kernel code
+  41810000-41a1ffff : reserved
+  bc000000-bdffffff : ramoops:dump(0/1)
+c0000000-c0ffffff : reserved
+"""
+    report = iomem.read(put(tmp_path, text))
+    assert [f.kind for f in report.findings] == [OWN_RAM, RESERVED, RESERVED]
+
+
+def test_own_memory_is_no_ram_of_the_dead_machine(tmp_path: Path) -> None:
+    report = iomem.read(put(tmp_path, CAPTURE_KERNEL + NORMAL_MODE))
+    assert not report.ranges(RAM)
+    assert not report.ram()
+
+
+def test_region_that_virtio_mem_claimed_is_no_bus_window(tmp_path: Path) -> None:
+    report = iomem.read(put(tmp_path, NORMAL_MODE))
+    assert not report.ranges(BUS_WINDOW, DEVICE)
+
+
+def test_time_grows_with_the_lines_alone(tmp_path: Path) -> None:
+    lines = []
+    for i in range(10_000):
+        at = 0x100000000 + (i << 20)
+        lines.append(f"{at:x}-{at + 0xFFFFF:x} : PCI Bus 0000:{i % 256:02x}\n")
+        lines.append(f"  {at:x}-{at + 0xFFFF:x} : 0000:{i % 256:02x}:00.0\n")
+        lines.append(f"    {at:x}-{at + 0xFFFF:x} : virtio-pci-modern\n")
+    root = put(tmp_path, "".join(lines))
+    before = time.process_time()
+    report = iomem.read(root)
+    assert time.process_time() - before < 2
+    assert len(report.ranges(DEVICE)) == 10_000
+
+
+NAMES = st.sampled_from([
+    "System RAM", "Reserved", "PCI Bus 0000:00", "0000:00:01.0", "pnp 00:01", "CXL Window 0", "dax0.0", "virtio3",
+    "RAM buffer", "efifb",
+])  # fmt: skip
+
+
+@given(st.lists(st.tuples(st.integers(0, 4), NAMES), min_size=1, max_size=30))
+def test_every_device_and_every_bus_is_covered_by_findings_of_its_kind(lines: list[tuple[int, str]]) -> None:
+    tree: list[iomem.Resource] = []
+    path: list[int] = []
+    for i, (wanted, name) in enumerate(lines):
+        depth = min(wanted, len(path))
+        del path[depth:]
+        # children are tenths of their parents
+        parent = path[-1] if path else -1
+        start, size = (i << 40, 10**10) if parent < 0 else (tree[parent].start, tree[parent].end - tree[parent].start)
+        tree.append(iomem.Resource(depth, start, start + max(size // 10, 1), name, parent))
+        path.append(i)
+    report = SourceReport("x", "x", tuple(iomem.findings(tuple(tree))), (), available=True)
+    for r in tree:
+        if r.name == "0000:00:01.0":
+            assert report.ranges(DEVICE).covers(r.start, r.end)
+        if r.name == "PCI Bus 0000:00":
+            assert report.ranges(DEVICE, BUS_WINDOW).covers(r.start, r.end)
+        if r.name == "System RAM":
+            assert report.ranges(OWN_RAM).covers(r.start, r.end)
 
 
 def test_own_memory_of_the_capture_kernel_is_told(tmp_path: Path) -> None:

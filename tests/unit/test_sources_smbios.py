@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import struct
+import time
 from pathlib import Path
 
 import pytest
@@ -9,18 +10,28 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from capture.sources import smbios
-from capture.sources.report import RAM, Problems
+from capture.sources.report import OTHER_MEMORY, RAM, Problems, SourceReport
 from guard.ranges import RangeSet
 
 END_OF_TABLE = struct.pack("<BBH", 127, 4, 0x7F00) + b"\0\0"
 BIOS = struct.pack("<BBH", 0, 8, 0) + bytes(4) + b"SeaBIOS\x001.16\0\0"
 
 
-def mapped(start: int, end: int, extended: bool = False, handle: int = 0x1300) -> bytes:
+SYSTEM_ARRAY, OTHER_ARRAY, NO_ARRAY = 0x1000, 0x1001, 0xFFFE
+VIDEO, FLASH, NON_VOLATILE, CACHE = 4, 5, 6, 7
+UNKNOWN_USE, SYSTEM = 2, 3
+
+
+def array(use: int, handle: int = OTHER_ARRAY) -> bytes:
+    """A type 16 structure of SMBIOS 2.7."""
+    return struct.pack("<BBHBBBIHHQ", 16, 23, handle, 3, use, 3, 0x80000000, NO_ARRAY, 1, 0) + b"\0\0"
+
+
+def mapped(start: int, end: int, extended: bool = False, handle: int = 0x1300, of_array: int = SYSTEM_ARRAY) -> bytes:
     """A type 19 structure of SMBIOS 2.7 for the bytes [start, end)."""
     kib = (0xFFFFFFFF, 0xFFFFFFFF) if extended else (start >> 10, (end - 1) >> 10)
     addresses = (start, end - 1) if extended else (0, 0)
-    return struct.pack("<BBHIIHBQQ", 19, 31, handle, *kib, 0x1000, 1, *addresses) + b"\0\0"
+    return struct.pack("<BBHIIHBQQ", 19, 31, handle, *kib, of_array, 1, *addresses) + b"\0\0"
 
 
 def short(start_kib: int, end_kib: int) -> bytes:
@@ -58,6 +69,121 @@ def test_entries_of_dmi_sysfs_stand_in_for_an_absent_table(tmp_path: Path) -> No
     assert report.path.endswith("dmi/entries")
     assert [line for line in report.problems if "tables/DMI: absent" not in line] == []
     assert report.ranges(RAM) == RangeSet([(0, 0x80000000), (0x1_0000_0000, 0x1_4000_0000)])
+
+
+MIB = 1 << 20
+FLASH_RANGE = (0xFF000000, 0x1_0000_0000)
+
+
+def told(*structures: bytes) -> SourceReport:
+    problems = Problems()
+    findings = tuple(smbios.parse(b"".join(structures) + END_OF_TABLE, "DMI", problems))
+    return SourceReport("smbios", "DMI", findings, problems.lines(), available=True)
+
+
+@pytest.mark.parametrize("use", [0, 1, UNKNOWN_USE, VIDEO, FLASH, NON_VOLATILE, CACHE, 8, 0xFF])
+@pytest.mark.parametrize("arrays_first", [True, False])
+def test_range_of_an_array_that_is_no_system_memory_is_no_ram(use: int, arrays_first: bool) -> None:
+    arrays = array(SYSTEM, SYSTEM_ARRAY) + array(use)
+    ranges = mapped(0, 256 * MIB) + mapped(*FLASH_RANGE, of_array=OTHER_ARRAY)
+    report = told(arrays, ranges) if arrays_first else told(ranges, arrays)
+    assert report.ram() == report.ranges(RAM) == RangeSet([(0, 256 * MIB)])
+    assert report.ranges(OTHER_MEMORY) == RangeSet([FLASH_RANGE])
+    assert report.problems == ()
+
+
+def test_flash_inside_of_a_range_without_a_hole_is_taken_off_it() -> None:
+    arrays = array(SYSTEM, SYSTEM_ARRAY) + array(FLASH)
+    report = told(arrays, mapped(0, 16 << 30), mapped(*FLASH_RANGE, of_array=OTHER_ARRAY))
+    assert report.ram() == RangeSet([(0, FLASH_RANGE[0]), (FLASH_RANGE[1], 16 << 30)])
+    assert report.problems == ()
+
+
+@pytest.mark.parametrize("at", [(0, MIB), (255 * MIB, 256 * MIB)])
+def test_other_memory_at_either_end_of_a_system_memory_range_is_taken_off_it(at: tuple[int, int]) -> None:
+    arrays = array(SYSTEM, SYSTEM_ARRAY) + array(VIDEO)
+    report = told(arrays, mapped(0, 256 * MIB), mapped(*at, of_array=OTHER_ARRAY))
+    assert report.ram() == RangeSet([(0, 256 * MIB)]) - RangeSet([at])
+
+
+CONTRADICTIONS = [
+    (16 * MIB, 256 * MIB),  # the same
+    (16 * MIB, 257 * MIB),
+    (15 * MIB, 256 * MIB),
+    (0, 1024 * MIB),
+    (0, 17 * MIB),
+    (255 * MIB, 512 * MIB),
+]
+
+
+@pytest.mark.parametrize("span", CONTRADICTIONS)
+def test_other_memory_that_is_not_inside_of_a_system_memory_range_takes_none_of_it(span: tuple[int, int]) -> None:
+    arrays = array(SYSTEM, SYSTEM_ARRAY) + array(CACHE)
+    report = told(arrays, mapped(16 * MIB, 256 * MIB), mapped(*span, of_array=OTHER_ARRAY))
+    assert report.ram() == RangeSet([(16 * MIB, 256 * MIB)])
+    assert report.problems == (
+        f"DMI: type 19 structure at offset {2 * len(array(0)) + len(FIRST)}: array 0x1001 is no system memory, another "
+        "one that is has the same range; ignored",
+    )
+
+
+def test_range_that_leads_to_no_array_is_believed() -> None:
+    assert told(array(FLASH), mapped(0, 256 * MIB, of_array=NO_ARRAY)).ram() == RangeSet([(0, 256 * MIB)])
+    short_array = struct.pack("<BBHB", 16, 5, SYSTEM_ARRAY, FLASH) + b"\0\0"
+    assert told(short_array, mapped(0, 256 * MIB)).ram() == RangeSet([(0, 256 * MIB)])
+
+
+def test_array_of_unknown_use_is_system_memory_where_firmware_names_none() -> None:
+    ranges = mapped(0, 256 * MIB) + mapped(*FLASH_RANGE, of_array=OTHER_ARRAY)
+    report = told(array(UNKNOWN_USE, SYSTEM_ARRAY), array(FLASH), ranges)
+    assert report.ram() == RangeSet([(0, 256 * MIB)])
+
+
+def test_handle_that_two_arrays_have_is_system_memory_if_one_of_them_is() -> None:
+    for uses in ((FLASH, SYSTEM), (SYSTEM, FLASH)):
+        assert told(*(array(use, SYSTEM_ARRAY) for use in uses), mapped(0, MIB)).ram() == RangeSet([(0, MIB)])
+
+
+def test_arrays_are_read_from_the_entries_of_dmi_sysfs_too(tmp_path: Path) -> None:
+    put(tmp_path, "entries/19-0/raw", mapped(0, 0x80000000))
+    put(tmp_path, "entries/19-1/raw", mapped(*FLASH_RANGE, of_array=OTHER_ARRAY))
+    put(tmp_path, "entries/16-0/raw", array(SYSTEM, SYSTEM_ARRAY))
+    put(tmp_path, "entries/16-1/raw", array(FLASH))
+    report = smbios.read(str(tmp_path))
+    assert report.ram() == RangeSet([(0, 0x80000000)])
+    assert report.ranges(OTHER_MEMORY) == RangeSet([FLASH_RANGE])
+    assert report.damage == []
+
+
+SPANS = st.lists(st.tuples(st.integers(0, 40), st.integers(1, 24)), max_size=6)
+
+
+@given(SPANS, SPANS)
+def test_other_memory_takes_only_what_lies_inside_of_larger_ranges(
+    system: list[tuple[int, int]], other: list[tuple[int, int]]
+) -> None:
+    ours, others = ([(s, s + length) for s, length in spans] for spans in (system, other))
+    arrays = array(SYSTEM, SYSTEM_ARRAY) + array(FLASH)
+    structures = [mapped(s << 10, e << 10) for s, e in ours]
+    structures += [mapped(s << 10, e << 10, of_array=OTHER_ARRAY) for s, e in others]
+    taken = [
+        o
+        for o in others
+        if all(s[1] <= o[0] or o[1] <= s[0] or (s != o and s[0] <= o[0] and o[1] <= s[1]) for s in ours)
+    ]
+    expected = RangeSet((s << 10, e << 10) for s, e in ours) - RangeSet((s << 10, e << 10) for s, e in taken)
+    report = told(arrays, *structures)
+    assert report.ram() == expected
+    assert len(report.problems) == len(others) - len(taken)
+
+
+def test_table_full_of_ranges_is_told_apart_in_no_time() -> None:
+    half = 10_000
+    ranges = b"".join(mapped(i << 12, (2 * half + i) << 12) for i in range(half))
+    ranges += b"".join(mapped(i << 12, (i + 1) << 12, of_array=OTHER_ARRAY) for i in range(half))
+    before = time.process_time()
+    told(array(SYSTEM, SYSTEM_ARRAY), array(FLASH), ranges).ram()
+    assert time.process_time() - before < 5
 
 
 def test_absent_is_not_the_same_as_read_without_findings(tmp_path: Path) -> None:

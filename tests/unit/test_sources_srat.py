@@ -31,8 +31,19 @@ def signed(data: bytes) -> bytes:
     return data[:9] + bytes([checksum]) + data[10:]
 
 
+def bad_checksum(data: bytes) -> bytes:
+    return data[:9] + bytes([data[9] ^ 1]) + data[10:]
+
+
 def with_length(data: bytes, length: int) -> bytes:
     return signed(data[:4] + struct.pack("<I", length) + data[8:])
+
+
+def put(root: Path, data: bytes) -> str:
+    path = root / "sys/firmware/acpi/tables/SRAT"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(data)
+    return str(root)
 
 
 GOOD = table(
@@ -46,13 +57,10 @@ GOOD = table(
 
 
 def test_ranges_are_told_by_flags(tmp_path: Path) -> None:
-    path = tmp_path / "sys/firmware/acpi/tables/SRAT"
-    path.parent.mkdir(parents=True)
-    path.write_bytes(GOOD)
-    report = srat.read(str(tmp_path))
+    report = srat.read(put(tmp_path, GOOD))
     assert report.available
     assert report.problems == ()
-    assert report.path == str(path)
+    assert report.path == f"{tmp_path}/sys/firmware/acpi/tables/SRAT"
     assert report.ranges(RAM) == RangeSet([(0, 0xA0000), (0x100000, 0x80000000)])
     assert report.ranges(HOTPLUG_WINDOW) == RangeSet([(0x1_0000_0000, 0x2_0000_0000)])
     assert report.ranges(PERSISTENT) == RangeSet([(0x3_0000_0000, 0x3_1000_0000)])
@@ -61,12 +69,28 @@ def test_ranges_are_told_by_flags(tmp_path: Path) -> None:
 
 def test_disabled_entry_is_no_finding_and_no_problem() -> None:
     problems = Problems()
-    assert srat.parse(table(memory(0, 0x1000, HOT)), "SRAT", problems) == []
+    assert srat.parse(table(memory(0, 0x1000, HOT)), "SRAT", problems) == ([], True)
     assert problems.lines() == ()
 
 
 def test_hot_pluggable_persistent_memory_is_persistent() -> None:
-    assert [f.kind for f in srat.parse(table(memory(0, 4096, 7)), "SRAT", Problems())] == [PERSISTENT]
+    assert [f.kind for f in srat.parse(table(memory(0, 4096, 7)), "SRAT", Problems())[0]] == [PERSISTENT]
+
+
+def test_table_with_bad_checksum_only_narrows(tmp_path: Path) -> None:
+    report = srat.read(put(tmp_path, bad_checksum(GOOD)))
+    assert report.available
+    assert report.narrows_only
+    assert report.ranges(RAM) == RangeSet([(0, 0xA0000), (0x100000, 0x80000000)])
+    assert report.ranges(HOTPLUG_WINDOW) == RangeSet([(0x1_0000_0000, 0x2_0000_0000)])
+    assert len(report.damage) == 1
+
+
+@pytest.mark.parametrize("data", [GOOD, b"APIC" + GOOD[4:], GOOD[:-1]])
+def test_table_that_is_right_or_no_table_at_all_is_none_that_narrows(tmp_path: Path, data: bytes) -> None:
+    report = srat.read(put(tmp_path, data))
+    assert not report.narrows_only
+    assert bool(report.findings) == (data == GOOD)
 
 
 def test_absent_table_is_told(tmp_path: Path) -> None:
@@ -94,7 +118,7 @@ BAD = [
     (GOOD[:-1], 0, f"length at offset 4 is {len(GOOD)}, expected 48 to {len(GOOD) - 1}"),
     (with_length(GOOD, 0xFFFFFFFF), 0, "length at offset 4 is 4294967295"),
     (with_length(GOOD, 47), 0, "length at offset 4 is 47"),
-    (GOOD[:60] + bytes([GOOD[60] ^ 1]) + GOOD[61:], 0, "bad checksum"),
+    (bad_checksum(GOOD), 4, "bad checksum); it may narrow what others call memory, and adds nothing"),
     (signed(TWO[:89] + b"\0" + TWO[90:]), 1, "subtable at offset 88 has length 0, expected 2 to 40"),
     (signed(TWO[:89] + b"\1" + TWO[90:]), 1, "subtable at offset 88 has length 1, expected 2 to 40"),
     (signed(TWO[:89] + b"\x29" + TWO[90:]), 1, "subtable at offset 88 has length 41, expected 2 to 40"),
@@ -108,7 +132,7 @@ BAD = [
 @pytest.mark.parametrize(("data", "kept", "message"), BAD)
 def test_bad_table_is_named_and_what_is_sound_kept(data: bytes, kept: int, message: str) -> None:
     problems = Problems()
-    findings = srat.parse(data, "SRAT", problems)
+    findings, _ = srat.parse(data, "SRAT", problems)
     assert len(findings) == kept
     assert len(problems.lines()) == 1
     assert message in problems.lines()[0]
@@ -127,12 +151,12 @@ def test_a_flood_of_problems_is_cut_short() -> None:
 def test_every_enabled_entry_comes_back(entries: list[tuple[int, int, int]]) -> None:
     problems = Problems()
     data = table(*(part for entry in entries for part in (CPU_AFFINITY, memory(*entry))))
-    findings = srat.parse(data, "SRAT", problems)
+    findings, _ = srat.parse(data, "SRAT", problems)
     assert [(f.start, f.end - f.start) for f in findings] == [e[:2] for e in entries if e[2] & ENABLED]
     assert problems.lines() == ()
 
 
 @given(st.binary(max_size=300), st.booleans())
 def test_arbitrary_bytes_never_raise(body: bytes, framed: bool) -> None:
-    for finding in srat.parse(table(body) if framed else body, "SRAT", Problems()):
+    for finding in srat.parse(table(body) if framed else body, "SRAT", Problems())[0]:
         assert 0 <= finding.start < finding.end <= 1 << 56

@@ -10,7 +10,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from capture.sources import files, firmware_memmap, memory_blocks
-from capture.sources.report import OFFLINE, ONLINE, PERSISTENT, RAM, RESERVED, UNKNOWN
+from capture.sources.report import (
+    ACPI,
+    NO_RAM,
+    NVS,
+    OFFLINE,
+    ONLINE,
+    PERSISTENT,
+    RAM,
+    RESERVED,
+    SOFT_RESERVED,
+    UNKNOWN,
+    UNUSABLE,
+)
 from guard.ranges import RangeSet
 
 MIB = 1 << 20
@@ -53,6 +65,30 @@ def test_memmap_entries_are_told_by_type_with_inclusive_ends(tmp_path: Path) -> 
     assert report.ranges(RESERVED) == RangeSet([(0x9FC00, 0xA0000), (0xF0000, 0x100000)])
     assert report.ranges(PERSISTENT) == RangeSet([(0x1_0000_0000, 0x1_4000_0000)])
     assert report.ranges(UNKNOWN) == RangeSet([(0x2_0000_0000, 0x2_0000_1000)])
+
+
+TYPES = [
+    ("System RAM", RAM),
+    ("Reserved", RESERVED),
+    ("reserved", RESERVED),
+    ("ACPI Tables", ACPI),
+    ("ACPI Non-volatile Storage", NVS),
+    ("Unusable memory", UNUSABLE),
+    ("Persistent Memory", PERSISTENT),
+    ("Persistent Memory (legacy)", PERSISTENT),
+    ("Soft Reserved", SOFT_RESERVED),
+    ("Unknown E820 type", UNKNOWN),
+    ("Application Reserved", UNKNOWN),
+    ("", UNKNOWN),
+]
+
+
+@pytest.mark.parametrize(("name", "kind"), TYPES)
+def test_memmap_type_that_no_kernel_prints_is_no_ram(tmp_path: Path, name: str, kind: str) -> None:
+    put_memmap(tmp_path, ("0x1000", "0x1fff", name))
+    report = firmware_memmap.read(str(tmp_path))
+    assert report.ranges(kind) == RangeSet([(0x1000, 0x2000)])
+    assert bool(report.ranges(*NO_RAM)) == (kind not in (RAM, PERSISTENT, SOFT_RESERVED))
 
 
 def test_memmap_entries_keep_the_order_of_the_firmware(tmp_path: Path) -> None:
