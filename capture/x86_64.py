@@ -164,13 +164,15 @@ class X86_64(Arch):
     def _not_lacking(self, dump: Dump, known: Sections, system_ram: RangeSet) -> RangeSet:
         """Boot RAM that a damaged tree, which passes for sound, has lost: the prepared header, a snapshot of the tree,
         has it, or it is a whole section; and the section is online, which is a record of its own."""
+        page_size = dump.registry.page_size
         listed = dump.preloaded_ranges() if self.machine.core_header else RangeSet()
-        lacking = (listed & known.online) | contradictions(known, system_ram).without_ram
-        lacking = (lacking - system_ram - self.reserved - self.own()).inner_pages(dump.registry.page_size)
-        if kept := lacking & dump.envelope.boot:
-            dump.problems.note(f"the dead kernel's resource tree lacks {kept}, which was online boot RAM; it is read")
+        bare = contradictions(known, system_ram).without_ram
         possible = dump.envelope.window | dump.envelope.disputed
-        self.doubts.append((lacking & possible, "its section was online, but no resource tree has it"))
+        self.doubts.append(((bare & possible).inner_pages(page_size), "it was online, but no resource tree has it"))
+        kept = ((listed & known.online) | bare) & dump.envelope.boot
+        kept = (kept - system_ram - self.reserved - self.own()).inner_pages(page_size)
+        if kept:
+            dump.problems.note(f"the dead kernel's resource tree lacks {kept}, which was online boot RAM; it is read")
         return kept
 
     def _hear_marks(self, dump: Dump, dead: DeadKernel) -> None:
