@@ -131,11 +131,7 @@ class X86_64(Arch):
         ram = self.system_ram & dump.envelope.all
         if known is None or not ram:
             return
-        if rule := sections.rule(known, ram, dump.registry.page_size):
-            dump.registry.register(rule)
-        else:
-            dump.problems.note("mem_section: most of System RAM is in no online section; the sections do not count")
-            return
+        dump.registry.register(sections.rule(known, dump.registry.page_size))
         marks = dead.marks(ram)
         if marks is None:
             return
