@@ -12,7 +12,8 @@ NAME = "hwpoison"
 
 
 def rule(marks: Marks) -> Rule | None:
-    """Refuses every page whose struct page has PG_hwpoison; None where the kernel knows no such flag."""
+    """Refuses every page whose struct page has PG_hwpoison, and all of a HugeTLB folio where its head has it; None
+    where the kernel knows no such flag."""
     if marks.poisoned is None:
         return None
     return Rule(NAME, Range(0, 1 << 64), marks.poisoned, True, "the dead kernel had it marked as broken", RAM)

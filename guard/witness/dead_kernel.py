@@ -12,14 +12,16 @@ from typing import NamedTuple, TypeVar, cast
 from guard.errors import ReadError, WitnessError
 from guard.ranges import RangeSet
 from guard.witness import crash_notes, e820, kallsyms, layouts, memmap, reservations, resources, sections
+from guard.witness import machine_check as checks
 from guard.witness.btf import Layout
 from guard.witness.crash_notes import CpuNotes
 from guard.witness.e820 import E820Entry
 from guard.witness.memmap import Marks
 from guard.witness.memory import Memory, Problems
 from guard.witness.pagewalk import PageWalk, x86_64
+from guard.witness.printk_log import Log, told
 from guard.witness.reservations import Reservation
-from guard.witness.resources import Resource
+from guard.witness.resources import Resource, Tree
 from guard.witness.sections import Sections
 from guard.witness.vmcoreinfo import Vmcoreinfo
 
@@ -34,6 +36,9 @@ WANTED = (
 )
 
 _SYMBOLS = "symbols"
+_MACHINE_CHECKS = "machine checks"
+_NEWEST = 1 << 16
+"""Records of the log that are looked through for machine checks: a fatal one stands at its end."""
 _MAX_IMAGE = 1 << 30
 _KERNEL_HALF = 0xFF00000000000000
 _PAGE_OFFSET = {4: 0xFFFF888000000000, 5: 0xFF11000000000000}
@@ -132,15 +137,19 @@ class DeadKernel:
             raise WitnessError(f"page_offset_base is {base:#x}, but no direct map starts there")
         return base
 
-    def iomem(self) -> list[Resource]:
-        """All of iomem_resource, in the order of /proc/iomem."""
+    def tree(self) -> Tree:
+        """All of iomem_resource, and whether it is sound."""
         return self._once(
             "iomem_resource",
-            lambda: resources.walk_resources(
+            lambda: resources.read_tree(
                 self.walk, self._symbol("iomem_resource"), self.problems, layout=self.layouts()["resource"]
             ),
-            [],
+            Tree([], "iomem_resource cannot be read"),
         )
+
+    def iomem(self) -> list[Resource]:
+        """All of iomem_resource, in the order of /proc/iomem."""
+        return self.tree().resources
 
     def system_ram(self) -> list[Resource]:
         """What the kernel itself would put into a kexec header; see resources.system_ram."""
@@ -185,3 +194,26 @@ class DeadKernel:
     def sections(self) -> Sections | None:
         """Which memory sections were present and online."""
         return self._once("mem_section", lambda: sections.read_sections(self.walk, self.info, self.problems), None)
+
+    def log(self) -> Log | None:
+        """The kernel's log; None where it cannot be had, and without a line where that kernel has another kind."""
+        if self.info.symbol("prb") is None:
+            return None
+        return self._once("log", lambda: Log(self.walk, self.info), None)
+
+    def machine_checks(self) -> RangeSet:
+        """Physical memory, in whole pages, that uncorrected machine checks named in the log."""
+        return self._once(_MACHINE_CHECKS, self._read_machine_checks, RangeSet())
+
+    def given_machine_checks(self, named: RangeSet) -> None:
+        """Have :meth:`machine_checks` say *named*, and leave the log alone: what was recorded may lack its pages."""
+        self._known[_MACHINE_CHECKS] = named
+
+    def _read_machine_checks(self) -> RangeSet:
+        log = self.log()
+        if log is None or not log.mentions(checks.MARK):
+            return RangeSet()
+        sme_mask = self.info.number("sme_mask") or 0
+        named = checks.named_in(log.newest(_NEWEST), self.problems, self.info.page_size or 4096, sme_mask)
+        told(log, self.problems)
+        return named

@@ -4,7 +4,9 @@
 VMCOREINFO alone tells how to read them: where the memory map is (vmemmap, or through mem_section), the size of struct
 page, the offsets of its fields, the number of the flag and the value of the page type. Both kinds of type words are
 understood: a type is a cleared bit (before 6.12), or the top byte (since). Only sections that were online are looked
-at: elsewhere struct pages may never have been initialised."""
+at: elsewhere struct pages may never have been initialised.
+
+A poisoned HugeTLB folio has the flag on its head alone, so all of it counts; guard/csrc/memmap.c says why and how."""
 
 from __future__ import annotations
 
@@ -29,10 +31,13 @@ _PAGE_TYPE_BASE = 0xF0000000
 _SMALL_FLAGS = 0xFFF
 _MAX_POISONED, _MAX_POISONED_SHARE = 1024, 1 / 16
 """More pages than both with the flag are no hardware failure but a memory map that is not one."""
+_LARGEST_FOLIO = 1 << 30
+"""Bytes: what one entry of a PUD maps (arch/x86/mm/hugetlbpage.c)."""
 
 
 class Shape(NamedTuple):
-    """How to read a struct page; see guard/csrc/memmap.h. A *poison* or *offline_mask* of 0: the kernel has none."""
+    """How to read a struct page; see guard/csrc/memmap.h. A *poison* or *offline_mask* of 0: the kernel has none; a
+    *huge_mask* of 0: HugeTLB folios cannot be told from others."""
 
     size: int
     flags: int
@@ -41,6 +46,10 @@ class Shape(NamedTuple):
     poison: int
     offline_mask: int
     offline: int
+    huge_at: int = 0
+    huge_mask: int = 0
+    huge: int = 0
+    folio_pages: int = 1
 
 
 class Marks(NamedTuple):
@@ -69,8 +78,31 @@ def shape_of(info: Vmcoreinfo) -> Shape:
     bit = info.number("PG_hwpoison")
     if bit is not None and not 0 <= bit < 64:
         raise WitnessError(f"vmcoreinfo: PG_hwpoison is bit {bit}")
-    mask, value = _page_type(info.number("PAGE_OFFLINE_MAPCOUNT_VALUE"))
-    return Shape(size, flags, kind, head, 0 if bit is None else 1 << bit, mask, value)
+    poison = 0 if bit is None else 1 << bit
+    offline = _page_type(info.number("PAGE_OFFLINE_MAPCOUNT_VALUE"))
+    longest = _LARGEST_FOLIO // (info.page_size or 4096)
+    return Shape(size, flags, kind, head, poison, *offline, *_hugetlb(info, size, flags, kind), longest)
+
+
+def _hugetlb(info: Vmcoreinfo, size: int, flags: int, kind: int) -> tuple[int, int, int]:
+    """(offset from the head's struct page, mask, value) of the 32-bit word that tells a HugeTLB folio. It is the type
+    of the head (6.9+, commit d99e3140a4d3), a flag of the second struct page (6.6+, 9c5ccf2db04b), or before that the
+    number of the folio's destructor, a byte of the second struct page."""
+    mask, value = _page_type(info.number("PAGE_HUGETLB_MAPCOUNT_VALUE"))
+    if mask:
+        return kind, mask, value
+    bit = info.number("PG_hugetlb")
+    if bit is not None and 0 <= bit < 32:
+        return size + flags, 1 << bit, 1 << bit
+    number = info.number("HUGETLB_PAGE_DTOR")
+    at = info.offset("folio._folio_dtor")  # 6.3 to 6.5: from the head
+    if at is None:
+        at = info.offset("page.compound_dtor")
+        at = None if at is None else at + size
+    if number is not None and at is not None and 0 < number < 256 and size <= at < 2 * size:
+        shift = at % 4 * 8
+        return at & -4, 0xFF << shift, number << shift
+    return 0, 0, 0
 
 
 def _page_type(exported: int | None) -> tuple[int, int]:
@@ -90,7 +122,8 @@ def scan(
     walk: PageWalk, info: Vmcoreinfo, sections: Sections, wanted: RangeSet, problems: Problems, time_limit: float = 60.0
 ) -> Marks:
     """The marks of all pages of *wanted* (physical bytes) in online sections, in one pass. What cannot be read in
-    *time_limit* seconds or at all is in ``unread``, and told in *problems*.
+    *time_limit* seconds or at all is in ``unread``, and told in *problems*. A poisoned folio ends where that begins,
+    and where *wanted* does.
 
     Raises WitnessError where there is nothing to go by."""
     shape = shape_of(info)
@@ -99,11 +132,12 @@ def scan(
         raise WitnessError("neither vmcoreinfo nor mem_section tells where struct pages are")
     page_size = info.page_size or 4096
     c_shape = ffi.new("struct memmap_shape *", shape._asdict())
+    c_pass = ffi.new("struct memmap_pass *")
     poisoned, offline = Collected(page_size), Collected(page_size)
     unread: list[Range] = []
     deadline = time.monotonic() + time_limit
     why = "at all"
-    pages = scanned = 0
+    pages = scanned = reached = 0
     looked_at = sections.online & wanted
     for piece in _pieces(looked_at, shape.size, page_size):
         first, count = piece.start // page_size, piece.size // page_size
@@ -120,15 +154,18 @@ def scan(
             continue
         pages += count
         scanned += len(data)
+        if piece.start != reached:
+            c_pass.left = 0
+        reached = piece.end
         bits = bytearray((count + 7) // 8), bytearray((count + 7) // 8)
-        if lib.memmap_scan(c_shape, ffi.from_buffer("uint8_t[]", data), count, *(_c(b) for b in bits)):
+        if lib.memmap_scan(c_shape, c_pass, ffi.from_buffer("uint8_t[]", data), count, *(_c(b) for b in bits)):
             poisoned.add(first, count, bits[0])
             offline.add(first, count, bits[1])
     missing = RangeSet(unread)
     if missing:
         problems.note(f"struct pages of {missing} could not be read {why}: not known what is marked, nothing refused")
-    if poisoned.pages > max(_MAX_POISONED, pages * _MAX_POISONED_SHARE):
-        problems.note(f"{poisoned.pages} of {pages} struct pages have PG_hwpoison: no sound memory map, no mark counts")
+    if c_pass.flagged > max(_MAX_POISONED, pages * _MAX_POISONED_SHARE):
+        problems.note(f"{c_pass.flagged} of {pages} struct pages have PG_hwpoison: no sound memory map, no mark counts")
         return Marks(None, None, missing, scanned)
     return Marks(
         poisoned.pageset() if shape.poison else None,

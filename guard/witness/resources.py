@@ -6,6 +6,7 @@ where, layouts.py tells."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -21,6 +22,9 @@ SYSTEM_RAM = 0x01000200
 EXCLUSIVE = 0x08000000
 BUSY = 0x80000000
 
+_MEMORY = re.compile(
+    r"Soft Reserved|hmem\.\d+|CXL Window \d+|region\d+|dax\d+\.\d+|Persistent Memory( \(legacy\))?|namespace\d+\.\d+"
+)
 _MAX_DEPTH = 32
 _MAX_NAMES = 1024
 _NAME_LIMIT = 64
@@ -46,51 +50,119 @@ def resource_at(walk: PageWalk, vaddr: int, layout: Layout = FIXED["resource"]) 
     return Range(start, end + 1 if end else start)
 
 
+class Tree(NamedTuple):
+    """All of a resource tree that could be read, in the order of /proc/iomem. *flaw* is the first reason why that is
+    not all of it, or why it cannot be what a kernel had; None if it is sound."""
+
+    resources: list[Resource]
+    flaw: str | None
+
+
 def walk_resources(
     walk: PageWalk, root: int, problems: Problems, max_nodes: int = 1 << 15, layout: Layout = FIXED["resource"]
 ) -> list[Resource]:
+    """All resources below the one at virtual address *root*: what :func:`read_tree` finds, sound or not."""
+    return read_tree(walk, root, problems, max_nodes, layout).resources
+
+
+def read_tree(
+    walk: PageWalk, root: int, problems: Problems, max_nodes: int = 1 << 15, layout: Layout = FIXED["resource"]
+) -> Tree:
     """All resources below the one at virtual address *root* (iomem_resource), in the order of /proc/iomem.
 
     Cycles, unreadable nodes and nodes that make no sense end their branch, and are told in *problems*. A tree is cut at
-    *max_nodes* nodes and at 32 levels. Raises WitnessError or ReadError only if the root cannot be read."""
+    *max_nodes* nodes and at 32 levels. All of these are flaws, and so is what __request_resource() and
+    __insert_resource() (kernel/resource.c) never let come about: a child that reaches out of its parent, siblings that
+    do not ascend or that overlap; and System RAM inside of what is no memory.
+
+    Raises WitnessError or ReadError only if the root cannot be read."""
     found: list[Resource] = []
     names: dict[int, str] = {}
+    flaws = _Flaws(problems)
     seen = {root}
     node = unpacker(layout, "start", "end", "name", "flags", "sibling", "child")
-    pending = [(node(walk.read(root, layout.size))[5], 0)]
+    start, end, _, _, _, child = node(walk.read(root, layout.size))
+    pending = [_Branch(child, 0, start, end + 1, None)]
     while pending:
-        vaddr, depth = pending.pop()
+        vaddr, depth, floor, ceiling, inside = pending.pop()
         if not vaddr:
             continue
         if vaddr in seen:
-            problems.note(f"iomem_resource: node {vaddr:#x} is reached twice, the tree has a cycle; left there")
+            flaws.note(f"node {vaddr:#x} is reached twice, the tree has a cycle; left there")
             continue
         if len(seen) > max_nodes:
-            problems.note(f"iomem_resource: more than {max_nodes} nodes, the rest is left out")
+            flaws.note(f"more than {max_nodes} nodes, the rest is left out")
             break
         seen.add(vaddr)
         try:
             start, end, name_at, flags, sibling, child = node(walk.read(vaddr, layout.size))
         except (WitnessError, ReadError) as error:
-            problems.note(
-                f"iomem_resource: node {vaddr:#x} cannot be read, it and what follows it is left out: {error}"
-            )
+            flaws.note(f"node {vaddr:#x} cannot be read, it and what follows it is left out: {error}")
             continue
-        pending.append((sibling, depth))
         if start > end + 1:
-            problems.note(f"iomem_resource: node {vaddr:#x} has start {start:#x} behind end {end:#x}, left out")
+            flaws.note(f"node {vaddr:#x} has start {start:#x} behind end {end:#x}, left out")
+            pending.append(_Branch(sibling, depth, floor, ceiling, inside))
             continue
+        pending.append(_Branch(sibling, depth, max(floor, end + 1), ceiling, inside))
         name = names.get(name_at)
         if name is None:
             name = _name(walk, name_at, problems)
             if len(names) < _MAX_NAMES:
                 names[name_at] = name
-        found.append(Resource(start, end + 1, name, flags, depth))
+        this = Resource(start, end + 1, name, flags, depth)
+        found.append(this)
+        if start < floor or end + 1 > ceiling:
+            flaws.find(f"{_shown(this)} is not between {floor:#x} and {ceiling - 1:#x}, where its place in the tree is")
+        if inside is not None and flags & SYSTEM_RAM == SYSTEM_RAM:
+            flaws.find(f"{_shown(this)} lies in {_shown(inside)}, which is no memory")
+        if inside is None and not _may_hold_ram(this):
+            inside = this
         if depth + 1 < _MAX_DEPTH:
-            pending.append((child, depth + 1))
+            pending.append(_Branch(child, depth + 1, start, end + 1, inside))
         elif child:
-            problems.note(f"iomem_resource: node {vaddr:#x} is {_MAX_DEPTH} levels deep, its children are left out")
-    return found
+            flaws.note(f"node {vaddr:#x} is {_MAX_DEPTH} levels deep, its children are left out")
+    return Tree(found, flaws.first)
+
+
+class _Branch(NamedTuple):
+    """A node still to be visited, with the siblings behind it: all of them have to lie in [floor, ceiling), and
+    *inside* is the outermost resource around them that is no memory, if there is one."""
+
+    vaddr: int
+    depth: int
+    floor: int
+    ceiling: int
+    inside: Resource | None
+
+
+class _Flaws:
+    """Why a tree is not sound: the first reason is kept."""
+
+    def __init__(self, problems: Problems) -> None:
+        self._problems = problems
+        self.first: str | None = None
+
+    def note(self, line: str) -> None:
+        """A flaw for which something was left out: that is told in any case."""
+        self.find(line)
+        self._problems.note(f"iomem_resource: {line}")
+
+    def find(self, line: str) -> None:
+        """A flaw in what was read: it matters only to who relies on the tree."""
+        self.first = self.first or line
+
+
+def _may_hold_ram(resource: Resource) -> bool:
+    """Whether there may be System RAM in it. What is itself System RAM (with the kernel's code in it), or the region of
+    a virtio-mem device, says so by its flags; else it is a name that a driver gives to memory: "Soft Reserved" of the
+    firmware's map (arch/x86/kernel/e820.c), "hmem.0" (drivers/dax/hmem), "CXL Window 0" and "region0" (drivers/cxl),
+    "Persistent Memory" and "namespace0.0" (drivers/nvdimm), "dax0.0" (drivers/dax). Any other name is taken for that
+    of a device or a bus, and what lies in there for its registers."""
+    return resource.flags & SYSTEM_RAM == SYSTEM_RAM or _MEMORY.fullmatch(resource.name) is not None
+
+
+def _shown(resource: Resource) -> str:
+    return f"{resource.name!r} {Range(resource.start, resource.end)}"
 
 
 def _name(walk: PageWalk, vaddr: int, problems: Problems) -> str:

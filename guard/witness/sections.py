@@ -38,16 +38,47 @@ class Sections(NamedTuple):
     onlined).
 
     *memmap* is the virtual address of the struct page of pfn 0, whether there is one or not: the value that all online
-    sections have in section_mem_map (SPARSEMEM_VMEMMAP); None where theirs differ."""
+    sections have in section_mem_map (SPARSEMEM_VMEMMAP); None where theirs differ.
+
+    *flaw* is the first reason, if any, why this is not the whole truth: something could not be read, which then counts
+    as absent, or a section that was in use for certain is not online, which then counts as online."""
 
     section_size: int
     present: RangeSet
     online: RangeSet
     memmap: int | None = None
+    flaw: str | None = None
+
+    @property
+    def offline(self) -> RangeSet:
+        """Physical bytes in sections that are there but not online: taken offline, never brought online, or memory of a
+        device (ZONE_DEVICE). That a section is absent says nothing."""
+        return self.present - self.online
+
+    def doubtful(self, within: RangeSet) -> bool:
+        """Whether more than half of the present memory *within* these physical bytes is offline. A machine may be like
+        that, but a damaged array is more likely to be. Memory of devices is no reason: pass what may be RAM."""
+        return 2 * (self.offline & within).size > (self.present & within).size
+
+
+class Contradictions(NamedTuple):
+    """Where resource tree and sections do not agree, physical bytes."""
+
+    without_ram: RangeSet
+    """Online sections in which the tree has no System RAM at all."""
+    without_section: RangeSet
+    """System RAM of the tree in sections that are not present."""
+
+
+def contradictions(known: Sections, system_ram: RangeSet) -> Contradictions:
+    """What cannot be, where both *known* and the tree that has *system_ram* (physical bytes) are sound. Each section of
+    boot memory is there because of RAM in it (memory_present(), mm/sparse.c), each later one because of a memory block,
+    for which add_memory() makes a resource (mm/memory_hotplug.c); and what is System RAM has struct pages."""
+    return Contradictions(known.online - system_ram.outer_pages(known.section_size), system_ram - known.present)
 
 
 def read_sections(walk: PageWalk, info: Vmcoreinfo, problems: Problems) -> Sections:
-    """The state of all sections; what cannot be read counts as absent and is told in *problems*.
+    """The state of all sections. What cannot be read counts as absent, is told in *problems*, and is a flaw.
 
     Raises WitnessError or ReadError if vmcoreinfo lacks a key, contradicts itself, or the top array cannot be read."""
     array = _need(info.symbol("mem_section"), "SYMBOL(mem_section)")
@@ -67,11 +98,12 @@ def read_sections(walk: PageWalk, info: Vmcoreinfo, problems: Problems) -> Secti
         )
     count = 1 << (memory_bits - section_bits)
     per_root = page_size // size
+    flaws = _Flaws(problems)
     if length == -(-count // per_root):
         roots = _root_array(walk, array, per_root, size, map_offset, section_bits)
-        pieces = _extreme(walk, roots, length, per_root, size, problems)
+        pieces = _extreme(walk, roots, length, per_root, size, flaws)
     elif length == count:
-        pieces = _flat(walk, array, length, per_root, size, problems)
+        pieces = _flat(walk, array, length, per_root, size, flaws)
     else:
         raise WitnessError(
             f"vmcoreinfo: LENGTH(mem_section) is {length}, {count} sections or roots of {per_root} were expected"
@@ -81,7 +113,7 @@ def read_sections(walk: PageWalk, info: Vmcoreinfo, problems: Problems) -> Secti
     memmaps: set[int] = set()
     for first, data in pieces:
         if len(present) + len(online) > _MAX_RUNS:
-            problems.note(f"mem_section: more than {_MAX_RUNS} runs of sections, those from {first} on are left out")
+            flaws.note(f"more than {_MAX_RUNS} runs of sections, those from {first} on are left out")
             break
         maps = struct.unpack(f"<{len(data) // 8}Q", data)[map_offset // 8 :: size // 8]
         for number, state in enumerate(maps[: count - first], first):
@@ -92,7 +124,38 @@ def read_sections(walk: PageWalk, info: Vmcoreinfo, problems: Problems) -> Secti
                     if len(memmaps) < 2:
                         memmaps.add(state & ~_STATE_BITS)
     memmap = memmaps.pop() if len(memmaps) == 1 else None
-    return Sections(1 << section_bits, _bytes(present, section_bits), _bytes(online, section_bits), memmap)
+    known = Sections(1 << section_bits, _bytes(present, section_bits), _bytes(online, section_bits), memmap)
+    return _used(walk, info, known, flaws)
+
+
+class _Flaws:
+    """Lines about what is missing: all of them are told, and the first one is kept."""
+
+    def __init__(self, problems: Problems) -> None:
+        self._problems = problems
+        self.first: str | None = None
+
+    def note(self, line: str) -> None:
+        self.first = self.first or line
+        self._problems.note(f"mem_section: {line}")
+
+
+def _used(walk: PageWalk, info: Vmcoreinfo, known: Sections, flaws: _Flaws) -> Sections:
+    """*known*, with the sections online that the kernel ran in for certain."""
+    in_use = {"the page tables lie": walk.root_paddr}
+    stext = info.symbol("_stext")
+    if stext is not None:
+        try:
+            in_use["the kernel image lies"] = walk.translate(stext)
+        except (WitnessError, ReadError):
+            pass  # it is asked about by others, who tell
+    online = known.online
+    for what, paddr in in_use.items():
+        if paddr not in online:
+            number = paddr // known.section_size
+            flaws.note(f"section {number}, which {what} in, is not online; it is taken as online")
+            online |= RangeSet([(number * known.section_size, (number + 1) * known.section_size)])
+    return known._replace(present=known.present | online, online=online, flaw=flaws.first)
 
 
 def _need(value: int | None, key: str) -> int:
@@ -119,7 +182,7 @@ def _root_array(walk: PageWalk, symbol: int, per_root: int, size: int, map_offse
 
 
 def _extreme(
-    walk: PageWalk, roots: int, length: int, per_root: int, size: int, problems: Problems
+    walk: PageWalk, roots: int, length: int, per_root: int, size: int, flaws: _Flaws
 ) -> Iterator[tuple[int, bytes]]:
     """(number of the first section, its struct mem_section and those that follow it) for each root there is."""
     reads = 0
@@ -132,25 +195,25 @@ def _extreme(
                 continue
             reads += 1
             if reads > _MAX_READS:
-                problems.note(f"mem_section: more than {_MAX_READS} roots, those from {number} on are left out")
+                flaws.note(f"more than {_MAX_READS} roots, those from {number} on are left out")
                 return
             try:
                 yield number * per_root, walk.read(root, per_root * size)
             except (WitnessError, ReadError) as error:
-                problems.note(f"mem_section: root {number} at {root:#x} is left out: {error}")
+                flaws.note(f"root {number} at {root:#x} is left out: {error}")
 
 
 def _flat(
-    walk: PageWalk, array: int, length: int, per_read: int, size: int, problems: Problems
+    walk: PageWalk, array: int, length: int, per_read: int, size: int, flaws: _Flaws
 ) -> Iterator[tuple[int, bytes]]:
     for reads, first in enumerate(range(0, length, per_read)):
         if reads == _MAX_READS:
-            problems.note(f"mem_section: sections from {first} on are left out")
+            flaws.note(f"sections from {first} on are left out")
             return
         try:
             yield first, walk.read(array + first * size, min(per_read, length - first) * size)
         except (WitnessError, ReadError) as error:
-            problems.note(f"mem_section: {per_read} sections from {first} on are left out: {error}")
+            flaws.note(f"{per_read} sections from {first} on are left out: {error}")
 
 
 def _extend(runs: list[tuple[int, int]], number: int) -> None:

@@ -85,11 +85,12 @@ def pass_in_c(info: Vmcoreinfo) -> str:
     c_data, view, copy = ffi.from_buffer("uint8_t[]", data), memoryview(data), memoryview(bytearray(MEMMAP))
     shape = ffi.new("struct memmap_shape *", shape_of(info)._asdict())
     pages = PIECE // STRUCT_PAGE
+    state = ffi.new("struct memmap_pass *")
     bits = [ffi.new("uint8_t[]", pages // 8) for _ in range(2)]
 
     def ours() -> None:
         for at in range(0, MEMMAP, PIECE):
-            lib.memmap_scan(shape, c_data + at, pages, *bits)
+            lib.memmap_scan(shape, state, c_data + at, pages, *bits)
 
     def peer() -> None:
         for at in range(0, MEMMAP, PIECE):
