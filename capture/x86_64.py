@@ -132,6 +132,7 @@ class X86_64(Arch):
         if known is None or not ram:
             return
         dump.registry.register(sections.rule(known, dump.registry.page_size))
+        sections.without_section(known, ram, dump.problems)
         marks = dead.marks(ram)
         if marks is None:
             return
