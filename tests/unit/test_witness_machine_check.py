@@ -143,6 +143,12 @@ def test_lines_that_another_caller_printed_on_behalf_of_an_nmi_count() -> None:
     assert named_in([lines[0], *(line._replace(caller=99) for line in lines[1:])], Problems()) == pages(0x1F3A5C7940)
 
 
+def test_line_of_an_unknown_caller_belongs_to_the_newest_machine_check() -> None:
+    corrected, fatal = records(check(UC & ~(1 << 61), 0x1111000), CPU0), records(check(UC, 0x2222000), CPU1)
+    late = [line._replace(caller=99) for line in fatal[1:]]
+    assert named_in([corrected[0], fatal[0], *late], Problems()) == pages(0x2222000)
+
+
 def test_log_that_ends_in_the_middle_names_what_it_has() -> None:
     lines = records(FATAL)
     assert named_in(lines[:3], Problems()) == pages(0x1F3A5C7940)
