@@ -11,15 +11,24 @@ from typing import NamedTuple, TypeVar, cast
 
 from guard.errors import ReadError, WitnessError
 from guard.ranges import RangeSet
-from guard.witness import crash_notes, e820, kallsyms, layouts, memmap, reservations, resources, sections
-from guard.witness import machine_check as checks
+from guard.witness import (
+    crash_notes,
+    e820,
+    kallsyms,
+    layouts,
+    machine_check,
+    memmap,
+    reservations,
+    resources,
+    sections,
+)
 from guard.witness.btf import Layout
 from guard.witness.crash_notes import CpuNotes
 from guard.witness.e820 import E820Entry
 from guard.witness.memmap import Marks
 from guard.witness.memory import Memory, Problems
 from guard.witness.pagewalk import PageWalk, x86_64
-from guard.witness.printk_log import Log, told
+from guard.witness.printk_log import HW_ERR, Log, told
 from guard.witness.reservations import Reservation
 from guard.witness.resources import Resource, Tree
 from guard.witness.sections import Sections
@@ -211,9 +220,9 @@ class DeadKernel:
 
     def _read_machine_checks(self) -> RangeSet:
         log = self.log()
-        if log is None or not log.mentions(checks.MARK):
+        if log is None or not log.mentions(HW_ERR):
             return RangeSet()
         sme_mask = self.info.number("sme_mask") or 0
-        named = checks.named_in(log.newest(_NEWEST), self.problems, self.info.page_size or 4096, sme_mask)
+        named = machine_check.named_in(log.newest(_NEWEST), self.problems, self.info.page_size or 4096, sme_mask)
         told(log, self.problems)
         return named

@@ -22,10 +22,7 @@ from typing import NamedTuple
 
 from guard.ranges import Range, RangeSet
 from guard.witness.memory import Problems
-from guard.witness.printk_log import Record
-
-MARK = b"[Hardware Error]: "
-"""HW_ERR, which such lines have; where it stands nowhere, there are none."""
+from guard.witness.printk_log import HW_ERR, Record
 
 _MCIP = 1 << 2
 # MCi_STATUS
@@ -43,12 +40,13 @@ _MAX_ADDRESSES = 1024
 _MAX_OPEN = 4096
 """Errors of which the lines are put together at a time; of a fatal one, one processor prints them all."""
 
-_CHECK = re.compile(rb"CPU \d{1,5}: Machine Check[^:]{0,40}: ([0-9a-f]{1,16}) Bank \d{1,3}: ([0-9a-f]{1,16})\b")
-_REGISTER = re.compile(rb"\b(ADDR|MISC|IPID) ([0-9a-f]{1,16})\b")
-_VENDOR = re.compile(rb"\bPROCESSOR (\d{1,3}):")
-_FIRMWARE = re.compile(rb"\{(\d{1,10})\}\[Hardware Error\]: (.*)")
-_SECTION = re.compile(rb"\s*Error \d{1,5}, type: (.*)")
-_FIELD = re.compile(rb"\s*(section_type|physical_address|physical_address_mask): (.*)")
+# compiled when first used, which is hardly ever
+_CHECK = rb"CPU \d{1,5}: Machine Check[^:]{0,40}: ([0-9a-f]{1,16}) Bank \d{1,3}: ([0-9a-f]{1,16})\b"
+_REGISTER = rb"\b(ADDR|MISC|IPID) ([0-9a-f]{1,16})\b"
+_VENDOR = rb"\bPROCESSOR (\d{1,3}):"
+_FIRMWARE = rb"\{(\d{1,10})\}\[Hardware Error\]: (.*)"
+_SECTION = rb"\s*Error \d{1,5}, type: (.*)"
+_FIELD = rb"\s*(section_type|physical_address|physical_address_mask): (.*)"
 
 
 class _Check:
@@ -81,9 +79,9 @@ def named_in(records: Iterable[Record], problems: Problems, page_size: int = 409
         if record.facility:
             continue  # user space wrote it: the kernel's own facility is 0 (devkmsg_write(), kernel/printk/printk.c)
         for line in record.text.split(b"\n"):
-            if report := _FIRMWARE.match(line):
+            if report := re.match(_FIRMWARE, line):
                 _hear_firmware(sections, report[1], report[2], found)
-            elif (check := _CHECK.search(line)) and MARK in line:
+            elif (check := re.search(_CHECK, line)) and HW_ERR in line:
                 old = checks.pop(record.caller, None)
                 if old:
                     _conclude(old, found, problems)
@@ -105,12 +103,12 @@ def named_in(records: Iterable[Record], problems: Problems, page_size: int = 409
 def _hear_check(checks: dict[int, _Check], caller: int, line: bytes, found: list[Range], problems: Problems) -> None:
     """A line that may continue a machine check. It is one record, or several where other processors printed in between
     (pr_cont()); and before 5.15 lines of an NMI may be printed by another caller (kernel/printk/printk_safe.c)."""
-    registers = _REGISTER.findall(line)
-    vendor = _VENDOR.search(line)
+    registers = re.findall(_REGISTER, line)
+    vendor = re.search(_VENDOR, line)
     if not registers and not vendor:
         return
     if caller not in checks:
-        if MARK not in line:
+        if HW_ERR not in line:
             return
         caller = next(reversed(checks))
     check = checks[caller]
@@ -148,11 +146,11 @@ def _conclude(check: _Check, found: list[Range], problems: Problems) -> None:
 
 def _hear_firmware(sections: dict[bytes, _Section], number: bytes, line: bytes, found: list[Range]) -> None:
     section = sections.get(number, _Section())
-    if kind := _SECTION.fullmatch(line):
+    if kind := re.fullmatch(_SECTION, line):
         _conclude_section(section, found)
         # CPER's "recoverable" is an uncorrected error that need not be the end (UEFI, "Error Severity")
         section = _Section(kind[1].strip() in (b"fatal", b"recoverable"))
-    elif field := _FIELD.fullmatch(line):
+    elif field := re.fullmatch(_FIELD, line):
         name, value = field[1], field[2].strip()
         if name == b"section_type":
             section = section._replace(memory=value == b"memory error")

@@ -23,6 +23,8 @@ from guard.witness.vmcoreinfo import Vmcoreinfo
 
 # struct printk_info.flags, include/linux/printk.h and kernel/printk/internal.h
 NEWLINE, CONT = 2, 8
+HW_ERR = b"[Hardware Error]: "
+"""What stands before all that is said of broken hardware (include/linux/printk.h)."""
 
 _STATE_SHIFT = 62
 _ID_MASK = (1 << _STATE_SHIFT) - 1

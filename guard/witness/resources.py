@@ -22,7 +22,7 @@ SYSTEM_RAM = 0x01000200
 EXCLUSIVE = 0x08000000
 BUSY = 0x80000000
 
-_MEMORY = re.compile(
+_MEMORY = (
     r"Soft Reserved|hmem\.\d+|CXL Window \d+|region\d+|dax\d+\.\d+|Persistent Memory( \(legacy\))?|namespace\d+\.\d+"
 )
 _MAX_DEPTH = 32
@@ -82,7 +82,7 @@ def read_tree(
     seen = {root}
     node = unpacker(layout, "start", "end", "name", "flags", "sibling", "child")
     start, end, _, _, _, child = node(walk.read(root, layout.size))
-    pending = [_Branch(child, 0, start, end + 1, None)]
+    pending = [_Branch(child, 0, start, end + 1, ())]
     while pending:
         vaddr, depth, floor, ceiling, inside = pending.pop()
         if not vaddr:
@@ -113,10 +113,10 @@ def read_tree(
         found.append(this)
         if start < floor or end + 1 > ceiling:
             flaws.find(f"{_shown(this)} is not between {floor:#x} and {ceiling - 1:#x}, where its place in the tree is")
-        if inside is not None and flags & SYSTEM_RAM == SYSTEM_RAM:
-            flaws.find(f"{_shown(this)} lies in {_shown(inside)}, which is no memory")
-        if inside is None and not _may_hold_ram(this):
-            inside = this
+        if flags & SYSTEM_RAM != SYSTEM_RAM:
+            inside = (*inside, this)
+        elif other := next((around for around in inside if not _may_hold_ram(around)), None):
+            flaws.find(f"{_shown(this)} lies in {_shown(other)}, which is no memory")
         if depth + 1 < _MAX_DEPTH:
             pending.append(_Branch(child, depth + 1, start, end + 1, inside))
         elif child:
@@ -126,13 +126,13 @@ def read_tree(
 
 class _Branch(NamedTuple):
     """A node still to be visited, with the siblings behind it: all of them have to lie in [floor, ceiling), and
-    *inside* is the outermost resource around them that is no memory, if there is one."""
+    *inside* are the resources around them that are not System RAM, the outermost first."""
 
     vaddr: int
     depth: int
     floor: int
     ceiling: int
-    inside: Resource | None
+    inside: tuple[Resource, ...]
 
 
 class _Flaws:
@@ -153,12 +153,12 @@ class _Flaws:
 
 
 def _may_hold_ram(resource: Resource) -> bool:
-    """Whether there may be System RAM in it. What is itself System RAM (with the kernel's code in it), or the region of
-    a virtio-mem device, says so by its flags; else it is a name that a driver gives to memory: "Soft Reserved" of the
+    """Whether there may be System RAM in this resource without the flags of it (which another System RAM around it has,
+    and the region of a virtio-mem device). Then it has a name that a driver gives to memory: "Soft Reserved" of the
     firmware's map (arch/x86/kernel/e820.c), "hmem.0" (drivers/dax/hmem), "CXL Window 0" and "region0" (drivers/cxl),
     "Persistent Memory" and "namespace0.0" (drivers/nvdimm), "dax0.0" (drivers/dax). Any other name is taken for that
     of a device or a bus, and what lies in there for its registers."""
-    return resource.flags & SYSTEM_RAM == SYSTEM_RAM or _MEMORY.fullmatch(resource.name) is not None
+    return re.fullmatch(_MEMORY, resource.name) is not None
 
 
 def _shown(resource: Resource) -> str:

@@ -21,7 +21,7 @@ from guard.witness.reservations import read_reservations
 from guard.witness.resources import (
     walk_resources,
 )
-from guard.witness.sections import read_sections
+from guard.witness.sections import Sections, contradictions, read_sections
 from tests.unit.witness_memory import PRSTATUS, DyingKernel, RandomMemory, elf_note
 
 
@@ -113,6 +113,8 @@ def test_a_root_of_sections_that_cannot_be_read_counts_as_absent() -> None:
     assert found.online == RangeSet([(0, SECTION), (256 * SECTION, 257 * SECTION)])
     assert len(problems) == 1
     assert "root 1" in problems[0]
+    assert f"mem_section: {found.flaw}" == problems[0]
+    assert found.offline == RangeSet()
 
 
 def test_sections_in_more_runs_than_memory_can_have_are_cut_off() -> None:
@@ -126,6 +128,38 @@ def test_sections_in_more_runs_than_memory_can_have_are_cut_off() -> None:
     found = read_sections(walk, kernel.info(), problems)
     assert 1 << 14 <= len(found.online) <= (1 << 14) + 128
     assert len(problems) == 1
+    assert found.flaw is not None
+
+
+@pytest.mark.parametrize("state", [0, 3, 5])
+def test_the_section_that_the_kernel_lies_in_is_online_and_a_flaw_where_its_state_says_otherwise(state: int) -> None:
+    """Sections of 32 MiB: the image lies in section 1, the page tables in section 3."""
+    kernel = DyingKernel()
+    kernel.sections({1: state, 3: 7, 4: 3}, section_bits=25)
+    problems = Problems()
+    found = read_sections(walk_of(kernel), kernel.info(), problems)
+    assert found.online == RangeSet([(1 << 25, 2 << 25), (3 << 25, 4 << 25)])
+    assert found.offline == RangeSet([(4 << 25, 5 << 25)])
+    assert found.flaw == "section 1, which the kernel image lies in, is not online; it is taken as online"
+    assert len(problems) == 1
+
+
+def test_sound_sections_have_no_flaw() -> None:
+    kernel = DyingKernel()
+    kernel.sections({0: 7, 1: 3})
+    found = read_sections(walk_of(kernel), kernel.info(), Problems())
+    assert found.flaw is None
+    assert found.offline == RangeSet([(SECTION, 2 * SECTION)])
+
+
+def test_tree_and_sections_contradict_each_other_where_one_has_what_the_other_lacks() -> None:
+    def sections(*numbers: int) -> RangeSet:
+        return RangeSet((n * SECTION, (n + 1) * SECTION) for n in numbers)
+
+    known = Sections(SECTION, sections(0, 1, 2, 5), sections(0, 1, 5))
+    ram = RangeSet([(0x1000, 0x9F000), (SECTION + 0x5000, SECTION + 0x6000), (2 * SECTION, 4 * SECTION)])
+    assert contradictions(known, ram) == (sections(5), sections(3))
+    assert contradictions(known, ram - sections(3) | sections(5)) == (RangeSet(), RangeSet())
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,8 @@ from guard.witness.resources import (
     EXCLUSIVE,
     SYSTEM_RAM,
     Resource,
+    Tree,
+    read_tree,
     system_ram,
     virtio_mem_regions,
     walk_resources,
@@ -192,6 +194,171 @@ def test_a_tree_without_end_is_cut(link: str) -> None:
 def test_a_root_that_cannot_be_read_is_an_error() -> None:
     with pytest.raises(WitnessError):
         walk_resources(walk_of(DyingKernel()), 0xDEAD000000000000, Problems())
+
+
+Row = tuple[int, int, str, int, list[object]]
+
+
+def tree_of(rows: list[Row]) -> tuple[Tree, Problems]:
+    kernel = DyingKernel()
+    root = kernel.iomem(rows)
+    problems = Problems()
+    return read_tree(walk_of(kernel), root, problems), problems
+
+
+def test_a_tree_as_kernels_have_it_is_sound() -> None:
+    tree, problems = tree_of(TREE)
+    assert (tree.flaw, list(problems)) == (None, [])
+    assert len(tree.resources) == 11
+
+
+KMEM: Row = (0x140000000, 0x14FFFFFFF, "System RAM (kmem)", RAM | MANAGED, [])
+MEM = 0x200
+
+
+@pytest.mark.parametrize(
+    "parents",
+    [
+        [],
+        ["dax6.0"],
+        ["Soft Reserved", "dax1.0"],
+        ["hmem.0", "Soft Reserved", "dax0.0"],
+        ["CXL Window 0", "region0", "dax0.0"],
+        ["Persistent Memory", "dax0.0"],
+        ["Persistent Memory (legacy)", "namespace12.0", "dax12.0"],
+    ],
+)
+def test_system_ram_in_what_drivers_call_memory_is_sound(parents: list[str]) -> None:
+    row: Row = KMEM
+    for name in reversed(parents):
+        row = (0x140000000, 0x17FFFFFFF, name, MEM, [row])
+    assert tree_of([row])[0].flaw is None
+
+
+@pytest.mark.parametrize(
+    ("parents", "told"),
+    [
+        (["PCI Bus 0000:00"], 0),
+        (["PCI Bus 0000:00", "0000:00:02.0", "dax0.0"], 0),
+        (["CXL Window 0", "0000:0d:00.0"], 1),
+        (["Reserved"], 0),
+        (["ACPI Tables"], 0),
+        (["somebody's driver"], 0),
+        ([""], 0),
+        (["dax0.0 "], 0),
+        (["System RAM"], 0),  # by its name alone
+    ],
+)
+def test_system_ram_in_anything_else_is_not(parents: list[str], told: int) -> None:
+    row: Row = KMEM
+    for name in reversed(parents):
+        row = (0x140000000, 0x17FFFFFFF, name, MEM, [row])
+    tree, problems = tree_of([row])
+    where = f"{parents[told]!r} 0x140000000-0x17fffffff"
+    assert tree.flaw == f"'System RAM (kmem)' 0x140000000-0x14fffffff lies in {where}, which is no memory"
+    assert list(problems) == []
+    assert len(tree.resources) == len(parents) + 1
+
+
+def leaf(start: int, end: int) -> Row:
+    return (start, end, "somewhere", MEM, [])
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [leaf(0x2000, 0x2FFF), leaf(0x1000, 0x1FFF)],
+        [leaf(0x1000, 0x2FFF), leaf(0x2000, 0x3FFF)],
+        [leaf(0x1000, 0x1FFF), leaf(0x1000, 0x1FFF)],
+        [leaf(0x1000, 1 << 46)],
+        [leaf(1 << 46, (1 << 46) + 0xFFF)],
+        [(0x2000, 0x4FFF, "parent", MEM, [leaf(0x1000, 0x2FFF)])],
+        [(0x2000, 0x4FFF, "parent", MEM, [leaf(0x4000, 0x5FFF)])],
+        [(0x2000, 0x4FFF, "parent", MEM, [leaf(0x3000, 0x3FFF), leaf(0x2000, 0x2FFF)])],
+        [(0x2000, 0x4FFF, "parent", MEM, []), leaf(0x4000, 0x4FFF)],
+    ],
+)
+def test_resources_that_no_kernel_lets_lie_like_that_are_a_flaw_and_no_problem(
+    rows: list[Row],
+) -> None:
+    tree, problems = tree_of(rows)
+    assert tree.flaw is not None
+    assert "where its place in the tree is" in tree.flaw
+    assert list(problems) == []
+
+
+rows_of = st.recursive(
+    st.just(()),
+    lambda children: st.lists(st.tuples(st.integers(0, 6), st.integers(1, 40), children), max_size=4).map(tuple),
+    max_leaves=12,
+)
+
+
+def laid_out(rows: tuple[tuple[int, int, object], ...], start: int) -> tuple[list[object], int]:
+    """Nested (gap before, least size, children) as a tree, from *start* on, and where it ends."""
+    placed: list[object] = []
+    for gap, size, children in rows:
+        start += gap
+        assert isinstance(children, tuple)
+        inner, inner_end = laid_out(children, start)
+        end = max(start + size, inner_end)
+        placed.append((start, end - 1, "System RAM", RAM, inner))
+        start = end
+    return placed, start
+
+
+@given(rows_of)
+def test_whatever_is_nested_and_ascends_is_sound(rows: tuple[tuple[int, int, object], ...]) -> None:
+    tree, _ = tree_of(laid_out(rows, 0)[0])  # type: ignore[arg-type]
+    assert tree.flaw is None
+
+
+@pytest.mark.parametrize(
+    ("damage", "told"),
+    [
+        ({"sibling": 0xDEAD000000000100}, "cannot be read"),
+        ({"child": 0xDEAD000000000100}, "cannot be read"),
+        ({"start": 0x2000, "end": 0x1000}, "behind end"),
+    ],
+)
+def test_what_was_left_out_of_a_tree_is_a_flaw(damage: dict[str, int], told: str) -> None:
+    kernel = DyingKernel()
+    root, one, two = (kernel.heap(bytes(64)) for _ in range(3))
+    place_node(kernel, root, start=0, end=1 << 40, child=one)
+    place_node(kernel, one, **({"sibling": two} | damage))
+    place_node(kernel, two, start=0x2000, end=0x2FFF)
+    problems = Problems()
+    tree = read_tree(walk_of(kernel), root, problems)
+    assert tree.flaw is not None
+    assert told in tree.flaw
+    assert problems == [f"iomem_resource: {tree.flaw}"]
+
+
+@pytest.mark.parametrize("link", ["sibling", "child"])
+def test_a_cycle_and_a_limit_are_flaws(link: str) -> None:
+    kernel = DyingKernel()
+    root = kernel.heap(bytes(64 * 100), 64)
+    for number in range(99):
+        at = root + 64 * number
+        place_node(kernel, at, start=0, end=99, **{"child" if not number else link: at + 64})
+    place_node(kernel, root + 64 * 99, **{link: root})
+    tree = read_tree(walk_of(kernel), root, Problems())
+    assert tree.flaw is not None  # siblings that do not ascend, or a tree of 99 levels
+    limited = read_tree(walk_of(kernel), root, Problems(), max_nodes=10)
+    assert limited.flaw is not None
+    place_node(kernel, root, start=0, end=99, child=root)
+    assert "cycle" in str(read_tree(walk_of(kernel), root, Problems()).flaw)
+
+
+def test_a_name_that_cannot_be_read_is_a_flaw_only_around_system_ram() -> None:
+    kernel = DyingKernel()
+    root, one, two = (kernel.heap(bytes(64)) for _ in range(3))
+    place_node(kernel, root, start=0, end=1 << 40, child=one)
+    place_node(kernel, one, child=two, name=0xFFFF800000000000, flags=MEM)
+    place_node(kernel, two, flags=MEM)
+    assert read_tree(walk_of(kernel), root, Problems()).flaw is None
+    place_node(kernel, two, flags=RAM)
+    assert "no memory" in str(read_tree(walk_of(kernel), root, Problems()).flaw)
 
 
 def crashk(kernel: DyingKernel, name: str, start: int, end: int) -> None:
