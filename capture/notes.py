@@ -209,17 +209,18 @@ def completed(
     notes: Sequence[ElfNote], cpus: Sequence[CpuNotes], listed: Sequence[Listed], remarks: Problems
 ) -> list[ElfNote]:
     """*notes* of the kernel with those of *cpus*, the dead kernel's own records, that it lacks: of CPUs that came after
-    its header was made. Both are in the order of CPUs, and what both have is recognised by its bytes; of a CPU whose
-    record is another now, the kernel's note, read at boot, counts."""
+    its header was made. Both are in the order of CPUs, and what both have is recognised by its bytes, so that its place
+    is known too; of a CPU whose record is another now, the kernel's note, read at boot, counts."""
     saved = [cpu for cpu in cpus if cpu.notes]
     groups = _groups(notes)
     known = {place.paddr for place in listed}
     where = _matches([b"".join(n.data for n in notes[a:b]) for a, b in groups], [cpu.notes for cpu in saved])
     first = next((i for i, n in enumerate(notes) if n.kind != NT_VMCOREDD), len(notes))
     at = groups[0][0] if groups else first
-    following, insert = 0, []  # the next group that no record has been found for; (index in notes, notes)
+    result, insert = list(notes), []
+    following = 0  # the next group that no record has been found for
     for i, cpu in enumerate(saved):
-        match = where[i]
+        match, record = where[i], parse(cpu.notes, f"notes of CPU {cpu.cpu}", remarks, cpu.paddr)
         if match is None:
             border = next((m for m in where[i + 1 :] if m is not None), len(groups))
             if following < border and (not known or cpu.paddr in known):
@@ -228,10 +229,11 @@ def completed(
             else:
                 if groups:
                     remarks.note(f"CPU {cpu.cpu}: its note is not in {procvmcore.PATH}; it is added")
-                insert.append((at, parse(cpu.notes, f"notes of CPU {cpu.cpu}", remarks, cpu.paddr)))
+                insert.append((at, record))
                 continue
+        else:
+            result[groups[match][0] : groups[match][0] + len(record)] = record
         at, following = groups[match][1], match + 1
-    result = list(notes)
     for at, new in reversed(insert):
         result[at:at] = new
     return result

@@ -18,6 +18,7 @@ from guard.physmem import covered
 from guard.ranges import Range, RangeSet
 from guard.rules import hwpoison, page_offline, sections
 from guard.witness.dead_kernel import DeadKernel
+from guard.witness.proof import place_of
 from guard.witness.vmcoreinfo import Vmcoreinfo
 
 if TYPE_CHECKING:
@@ -103,13 +104,16 @@ class X86_64(Arch):
             from guard.witness import made_note
 
             self.info, self.symbols = made_note.complete(self.vmlinux, self.info, dump.exact, boot, dump.problems)
-        if dead or self.info is None:
-            return dead
+        if self.info is None:
+            return None
         try:
-            return DeadKernel(dump.exact, self.info, self.symbols)
+            dead = dead or DeadKernel(dump.exact, self.info, self.symbols)
         except (WitnessError, ReadError) as e:
             dump.problems.note(f"dead kernel's records: {e}; firmware and devices alone are believed")
             return None
+        if self.info.paddr is None:
+            self.info.paddr = place_of(dead, self.info)
+        return dead
 
     def _hear_witness(self, dump: Dump, dead: DeadKernel) -> None:
         reserved = [(r.name, r.start, r.end) for r in dead.reservations()]

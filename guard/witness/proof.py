@@ -40,6 +40,8 @@ def prove(mem: Memory, info: Vmcoreinfo, own: RangeSet) -> Proof:
         dead = DeadKernel(mem, info)
     except (WitnessError, ReadError) as error:
         return Proof(None, lacking=f"no page walk: {error}")
+    if not dead.symbols():
+        return Proof(dead, lacking="its kernel's symbols are not to be had")
     against, paddr = _elsewhere(dead, info)
     if against:
         return Proof(dead, against)
@@ -51,8 +53,8 @@ def prove(mem: Memory, info: Vmcoreinfo, own: RangeSet) -> Proof:
             return Proof(dead, f"its kernel calls itself {release!r}")
     where = info.paddr if paddr is None else paddr
     ram = RangeSet((r.start, r.end) for r in dead.system_ram())
-    if where is not None and ram and where not in ram:
-        return Proof(dead, f"its kernel has no System RAM at {where:#x}", paddr=paddr)
+    if where is not None and where not in ram:
+        return Proof(dead, lacking=f"its kernel tells of no System RAM at {where:#x}", paddr=paddr)
     if own:
         reserved = RangeSet((r.start, r.end) for r in dead.reservations())
         if not reserved:
@@ -64,17 +66,25 @@ def prove(mem: Memory, info: Vmcoreinfo, own: RangeSet) -> Proof:
     return Proof(dead, paddr=paddr)
 
 
-def _elsewhere(dead: DeadKernel, info: Vmcoreinfo) -> tuple[str, int | None]:
-    """Why the kernel's own note is another one than *info*; where it is, if it is the same or nothing tells that."""
+def place_of(dead: DeadKernel, info: Vmcoreinfo) -> int | None:
+    """Where *dead* itself has the very note *info*: physical address; None where that is not to be had, or holds
+    something else."""
     vaddr = dead.note_vaddr()
-    if vaddr is None:
-        return "", None
+    try:
+        if vaddr is not None and info.note and dead.walk.read(vaddr, len(info.note)) == info.note:
+            return dead.walk.translate(vaddr)
+    except (WitnessError, ReadError):
+        pass  # damaged, or not shown
+    return None
+
+
+def _elsewhere(dead: DeadKernel, info: Vmcoreinfo) -> tuple[str, int | None]:
+    """Why the kernel's own note is another one than *info*; where it is, if it is the same and something tells that."""
+    vaddr = dead.note_vaddr()
+    if vaddr is None or info.paddr is None:
+        return "", place_of(dead, info)
     try:
         paddr = dead.walk.translate(vaddr)
-        if info.paddr is not None:
-            return ("", paddr) if paddr == info.paddr else (f"its kernel has its note at {paddr:#x}", None)
-        if info.note and dead.walk.read(vaddr, len(info.note)) == info.note:
-            return "", paddr
     except (WitnessError, ReadError):
-        pass
-    return "", None  # damaged, or not shown
+        return "", None
+    return ("", paddr) if paddr == info.paddr else (f"its kernel has its note at {paddr:#x}", None)
