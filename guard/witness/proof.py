@@ -62,7 +62,7 @@ def prove(mem: Memory, info: Vmcoreinfo, own: RangeSet) -> Proof:
         if beyond := own - reserved:
             return Proof(dead, f"its kernel had not reserved {beyond}, which this kernel runs in", paddr=paddr)
         if info.crash_time is None:
-            return Proof(dead, lacking="no CRASHTIME=", paddr=paddr)
+            return Proof(dead, lacking="has no CRASHTIME=", paddr=paddr)
     return Proof(dead, paddr=paddr)
 
 

@@ -64,7 +64,7 @@ def test_kernel_of_an_earlier_boot_had_reserved_other_memory_than_this_kernel_ru
 def test_kernel_that_did_not_crash_is_not_the_one_that_this_kernel_came_from() -> None:
     kernel = Kernel(tail=b"")
     proof = prove(kernel.mem, kernel.info, OWN)
-    assert (proof.proven, proof.against, proof.lacking) == (False, "", "no CRASHTIME=")
+    assert (proof.proven, proof.against, proof.lacking) == (False, "", "has no CRASHTIME=")
 
 
 def test_image_of_a_running_machine_has_no_capture_kernel_to_compare_with() -> None:
