@@ -70,15 +70,15 @@ V176 = V172 + b"NUMBER(PAGE_HUGETLB_MAPCOUNT_VALUE)=\0NUMBER(PAGE_SLAB_MAPCOUNT_
 V177 = V176.replace(b"disable, ", b"disabled, ")
 V178 = V177 + b"NUMBER(PAGE_UNACCEPTED_MAPCOUNT_VALUE)=\0"
 LATER = V178 + b"OFFSET(page.compound_info)=\0"
-SLAB, HUGETLB, FREE, UNACCEPTED, TAILS = "slab pages for user data", "HugeTLB", "free and offline", "unaccepted", "tail"
+SLAB, HUGETLB, FREE, TAILS = "slab pages for user data", "HugeTLB", "free and offline", "tail"
 
 
 @pytest.mark.parametrize(
     ("program", "desc", "expected"),
     [
-        (V172, NEW + TYPES, [SLAB, HUGETLB, UNACCEPTED, TAILS]),
-        (V176, NEW + TYPES, [FREE, UNACCEPTED, TAILS]),
-        (V177, NEW + TYPES, [UNACCEPTED, TAILS]),
+        (V172, NEW + TYPES, [SLAB, HUGETLB, TAILS]),
+        (V176, NEW + TYPES, [FREE, TAILS]),
+        (V177, NEW + TYPES, [TAILS]),
         (V178, NEW + TYPES, [TAILS]),
         (LATER, NEW + TYPES, []),
         (V178, NEW + TYPES + b"OFFSET(page.compound_head)=8\n", []),

@@ -90,7 +90,7 @@ def test_kind_name_and_address_of_each_are_told() -> None:
 
 def test_notes_are_views_of_the_one_copy_that_was_read() -> None:
     data = bytearray(device_dump(1 << 20) + INFO)
-    (dump, _) = parse(data, "notes", Problems())
+    (dump, _) = parse(memoryview(data), "notes", Problems())
     data[100] = 0x55
     assert dump.data[100] == 0x55
     with pytest.raises(TypeError):

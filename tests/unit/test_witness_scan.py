@@ -98,7 +98,12 @@ def test_search_of_unreadable_memory_ends_after_a_bounded_number_of_reads() -> N
 def test_search_of_memory_full_of_notes_is_bounded() -> None:
     mem = memory_with(dict.fromkeys(range(0, 6 * MIB, PAGE), TEXT), 0)
     tried = []
-    found = scan(mem, RangeSet([(0, 6 * MIB)]), prove=lambda info: tried.append(info) or Proof(None, lacking="all"))
+
+    def prove(info: Vmcoreinfo) -> Proof:
+        tried.append(info)
+        return Proof(None, lacking="all")
+
+    found = scan(mem, RangeSet([(0, 6 * MIB)]), prove=prove)
     assert 0 < len(found.candidates) <= 8
     assert mem.reads < 3000
     assert len(tried) <= 16
