@@ -13,15 +13,17 @@ from guard.ranges import Range, RangeSet
 from guard.witness.vmcoreinfo import Vmcoreinfo
 
 if TYPE_CHECKING:
+    from capture.compatibility import Added
     from capture.dump import Dump
     from capture.machine import Machine
     from guard.witness.dead_kernel import DeadKernel
 
 
 class Note(NamedTuple):
-    """ELF notes, and the physical address where old memory has the same bytes; None if it has not."""
+    """ELF notes, and the physical address where old memory has the same bytes; None if it has not. A device dump can be
+    of many megabytes: *data* is a view of the one copy that there is of it."""
 
-    data: bytes
+    data: bytes | memoryview
     paddr: int | None = None
 
 
@@ -40,6 +42,15 @@ class Shape(NamedTuple):
     def merged_notes(self) -> bytes:
         return b"".join(note.data for note in self.notes)
 
+    def within(self, header: bytes, offset: int) -> Shape:
+        """The same, with notes that are views of *header*, which has them from *offset* on: no second copy of them is
+        kept."""
+        notes, view = [], memoryview(header)
+        for note in self.notes:
+            notes.append(note._replace(data=view[offset : offset + len(note.data)]))
+            offset += len(note.data)
+        return self._replace(notes=tuple(notes))
+
     def load(self, r: Range) -> Load:
         return Load(r.start, (self.page_offset + r.start) % (1 << 64), r.size, self.align)
 
@@ -54,6 +65,12 @@ class Arch:
     name = ""
     kernel_builds_header = False
     """The capture kernel makes the header of /proc/vmcore after the crash, by itself."""
+    search_time = 120.0
+    """Seconds that memory may be searched for a note that nothing tells; 0: not at all."""
+    compatibility = True
+    """Add lines for older collectors to the VMCOREINFO that is served (capture/compatibility.py)."""
+    added: tuple[Added, ...] = ()
+    """The lines that were added."""
 
     def __init__(self, machine: Machine) -> None:
         self.machine = machine

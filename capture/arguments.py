@@ -17,6 +17,14 @@ class _Help(argparse.RawDescriptionHelpFormatter):
         super().__init__(prog, width=max(40, int(columns)) if columns.isdecimal() else 100)
 
 
+def seconds(text: str) -> float:
+    """A time that is not negative. Raises ValueError."""
+    value = float(text)
+    if not 0 <= value < 1e9:  # no NaN either
+        raise ValueError
+    return value
+
+
 def parser(version: str) -> argparse.ArgumentParser:
     """The parser; ``command`` is the name of the subcommand."""
     top = argparse.ArgumentParser(
@@ -61,6 +69,19 @@ def parser(version: str) -> argparse.ArgumentParser:
         "--vmlinux",
         metavar="FILE",
         help="the dead kernel's vmlinux: symbols and layouts where its VMCOREINFO note is missing or cut",
+    )
+    layout.add_argument(
+        "--search-time",
+        metavar="SECONDS",
+        type=seconds,
+        default=120.0,
+        help="how long to search memory for the VMCOREINFO note where nothing tells it (default: 120; 0: not at all)",
+    )
+    layout.add_argument(
+        "--no-compatibility",
+        dest="compatibility",
+        action="store_false",
+        help="no lines for older collectors in the VMCOREINFO that is served",
     )
     layout.add_argument(
         "--rule",

@@ -77,6 +77,7 @@ def open_dump(args: argparse.Namespace) -> Dump:
         rules = [static.deny(static.parse(args.deny))] if args.deny else []
         rules += [static.allow(static.parse(args.allow))] if args.allow else []
     machine = open_machine(args)
+    machine.arch.search_time, machine.arch.compatibility = args.search_time, args.compatibility
     if args.vmlinux:
         try:
             machine.arch.use_vmlinux(args.vmlinux)

@@ -9,7 +9,7 @@ import importlib
 import os
 import sys
 
-_X86_RULES = ("guard.rules.gart", "guard.rules.unaccepted", "guard.rules.xen_hvm")
+_X86_LATE = ("guard.rules.gart", "guard.rules.unaccepted", "guard.rules.xen_hvm", "guard.witness.scan")
 MODULES = (
     "capture.cli",
     "capture.background",
@@ -23,7 +23,7 @@ MODULES = (
     "guard.plugins",
     "guard.rules.static",
     f"capture.{os.uname().machine}",  # no machine needs another one's
-    *(_X86_RULES if os.uname().machine == "x86_64" else ()),
+    *(_X86_LATE if os.uname().machine == "x86_64" else ()),
     # the interpreter imports these late, for the terminal's encoding, file names and errors
     "encodings.ascii",
     "encodings.latin_1",

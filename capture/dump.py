@@ -131,7 +131,7 @@ class Dump:
         return RangeSet(self.readable_runs())
 
     def _dynamic(self) -> Core:
-        self.shape = shape = self.arch.shape(self)
+        shape = self.arch.shape(self)
         ranges = self.arch.kernel_ranges(self) if self.layout == KERNEL else None
         if ranges is None:
             ranges, gap = memory_map.merged(self.readable_runs, self.envelope.all - self.machine.own, MAX_LOADS)
@@ -140,13 +140,15 @@ class Dump:
                     f"memory in more than {MAX_LOADS} runs: PT_LOADs bridge gaps of up to {gap:#x} bytes; "
                     "what lies in them is refused and reads as zeros"
                 )
-        return self.served(shape, ([shape.text] if shape.text else []) + [shape.load(r) for r in ranges])
+        core = self.served(shape, ([shape.text] if shape.text else []) + [shape.load(r) for r in ranges])
+        self.shape = shape.within(core.header, core.phdrs[0].offset)
+        return core
 
     def served(self, shape: Shape, loads: list[Load]) -> Core:
         """The vmcore with these PT_LOADs, as this kernel lays it out."""
         align = self.machine.phdr_note_align
         note_align = shape.note_align if align is None else align
-        notes = shape.merged_notes()
+        notes = [note.data for note in shape.notes]
         return elfcore.build(shape.machine, notes, loads, note_align, self.machine.page_size, shape.byteorder)
 
     def _preloaded(self) -> Core:

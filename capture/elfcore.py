@@ -8,6 +8,7 @@ Knows neither where the ranges come from nor what machine they are of."""
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from guard.errors import Error
@@ -61,17 +62,25 @@ def page_align(n: int, page_size: int) -> int:
 
 
 def build(
-    machine: int, notes: bytes, loads: list[Load], note_align: int, page_size: int = 4096, byteorder: str = "<"
+    machine: int,
+    notes: bytes | Sequence[bytes | memoryview],
+    loads: list[Load],
+    note_align: int,
+    page_size: int = 4096,
+    byteorder: str = "<",
 ) -> Core:
-    """Lay out a vmcore. *machine* is e_machine, *notes* the merged notes without an empty one at the end.
+    """Lay out a vmcore. *machine* is e_machine, *notes* the merged notes without an empty one at the end, in pieces or
+    as one.
 
     *note_align* is the merged PT_NOTE's p_align: 4 in current kernels, 0 up to some release after 6.1. Raises Error as
     :func:`ehdr`."""
+    pieces = [notes] if isinstance(notes, bytes) else notes
+    notes_size = sum(map(len, pieces))
     count = len(loads) + 1
     start_of_file = ehdr(machine, count, byteorder)
     note_offset = page_align(EHDR_SIZE + count * PHDR_SIZE, page_size)
-    offset = note_offset + page_align(len(notes), page_size)
-    phdrs = [ProgramHeader(PT_NOTE, 0, note_offset, 0, 0, len(notes), len(notes), note_align)]
+    offset = note_offset + page_align(notes_size, page_size)
+    phdrs = [ProgramHeader(PT_NOTE, 0, note_offset, 0, 0, notes_size, notes_size, note_align)]
     extents = []
     for load in loads:
         start = load.paddr & -page_size
@@ -80,9 +89,10 @@ def build(
         phdrs.append(ProgramHeader(PT_LOAD, PF_RWX, p_offset, load.vaddr, load.paddr, load.size, load.size, load.align))
         extents.append(Extent(offset, size, start))
         offset += size
-    header = bytearray(note_offset + page_align(len(notes), page_size))
-    header[: len(start_of_file)] = start_of_file
+    head = bytearray(note_offset)
+    head[: len(start_of_file)] = start_of_file
     for i, p in enumerate(phdrs):
-        struct.pack_into(byteorder + "IIQQQQQQ", header, EHDR_SIZE + i * PHDR_SIZE, *p)
-    header[note_offset : note_offset + len(notes)] = notes
-    return Core(bytes(header), tuple(extents), offset, tuple(phdrs))
+        struct.pack_into(byteorder + "IIQQQQQQ", head, EHDR_SIZE + i * PHDR_SIZE, *p)
+    # notes can be many megabytes (device dumps): joined once, never copied again
+    header = b"".join([head, *pieces, bytes(-notes_size % page_size)])
+    return Core(header, tuple(extents), offset, tuple(phdrs))

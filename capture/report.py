@@ -81,8 +81,14 @@ def map_json(dump: Dump, most: int | None = None) -> dict[str, Any]:
             {"paddr": p.paddr, "vaddr": p.vaddr, "size": p.memsz, "offset": p.offset}
             for p in islice((p for p in dump.core.phdrs if p.type == PT_LOAD), most)
         ],
+        "compatibility": _added(dump),
         "problems": list(dump.problems),
     }
+
+
+def _added(dump: Dump) -> list[dict[str, str]]:
+    """Lines of the served VMCOREINFO that are not the dead kernel's."""
+    return [{"line": one.line, "for": one.whom} for one in dump.arch.added]
 
 
 def compare_text(differences: list[Difference]) -> str:
@@ -180,6 +186,7 @@ def guard_json(dump: Dump, most: int | None = None) -> dict[str, Any]:
         ],
         "lost": [{"start": r.start, "end": r.end, "why": why} for r, why in islice(losses(dump), most)],
         "devices": [device_json(d, most) for d in dump.machine.devices],
+        "compatibility": _added(dump),
         "problems": list(dump.problems),
     }
 

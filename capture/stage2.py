@@ -92,11 +92,14 @@ def plan(dump: Dump, options: Options) -> Plan:
     kernel = boot_image.find_kernel(options.kernel, os.uname().release)
     initramfs = boot_image.find_initramfs(options.initramfs, kernel.release)
     prepared = elfcorehdr.prepare(dump.shape, ExactMemory(dump.memory))
-    if not (prepared.there or prepared.copied):
+    if not prepared.parts:
         # fs/proc/vmcore.c:merge_note_headers_elf64() has no room for notes then, and gives up
         raise Error("nothing is known of the dead kernel's notes: of a header without any no kernel makes a vmcore")
-    place, why_not, loads, given_up = _placed(dump, dump.shape, prepared, options.place)
-    made = Plan(place, why_not, prepared, loads, dump.served(dump.shape, loads), given_up, kernel, initramfs, running)
+    for note in prepared.left_out:
+        dump.problems.note(f"a note of {len(note.data)} bytes (a device dump) is left out: no kernel takes it at boot")
+    shape = prepared.shape
+    place, why_not, loads, given_up = _placed(dump, shape, prepared, options.place)
+    made = Plan(place, why_not, prepared, loads, dump.served(shape, loads), given_up, kernel, initramfs, running)
     _check_cmdline(made)
     return made
 
@@ -243,7 +246,11 @@ def described(made: Plan, dump: Dump) -> Iterator[str]:
             f"  given up for want of room: the {made.given_up.runs} smallest runs of readable memory, "
             f"{bytes_text(made.given_up.size)}"
         )
-    yield f"notes: {len(made.prepared.there)} where old memory has them, {len(made.prepared.copied)} bytes copied"
+    there, copied = made.prepared.there, sum(len(note.data) for note in made.prepared.copied)
+    yield f"notes: {len(there)} where old memory has them, {copied} bytes copied"
+    if made.prepared.left_out:
+        size = sum(len(note.data) for note in made.prepared.left_out)
+        yield f"  left out: {len(made.prepared.left_out)} notes of {bytes_text(size)}, which no kernel takes at boot"
     yield f"kernel: {made.kernel.path} ({bytes_text(made.kernel.size)}, {bytes_text(made.kernel.init_size)} in memory)"
     yield f"initramfs: {made.initramfs}"
     need = needed(made, 2 * made.initramfs.least_size())

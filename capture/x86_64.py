@@ -5,26 +5,28 @@ found through its VMCOREINFO note and its page tables."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from capture import envelope, memory_map, x86_platform
-from capture.arch import Arch, Note, Shape
+from capture import compatibility, envelope, memory_map, note_search, notes, programs, x86_platform
+from capture.arch import Arch, Shape
 from capture.elfcore import Load
 from capture.sources import report
 from guard import procvmcore
-from guard.errors import Error, ReadError, WitnessError
+from guard.errors import Error, ReadError, SourceError, WitnessError
 from guard.physmem import covered
 from guard.ranges import Range, RangeSet
 from guard.registry import deny_rule
 from guard.rules import hwpoison, machine_check, page_offline, sections
 from guard.witness import e820
 from guard.witness.dead_kernel import DeadKernel
-from guard.witness.scan import scan
+from guard.witness.proof import place_of
 from guard.witness.sections import Sections, contradictions
-from guard.witness.vmcoreinfo import Vmcoreinfo, note_at
+from guard.witness.vmcoreinfo import Vmcoreinfo
 
 if TYPE_CHECKING:
     from capture.dump import Dump
+    from capture.notes import ElfNote, Listed
     from guard.witness.vmlinux import Vmlinux
 
 EM_X86_64 = 62
@@ -53,9 +55,14 @@ class X86_64(Arch):
     def hear_platform(self, dump: Dump) -> None:
         x86_platform.install(dump)
 
+    notes: Sequence[ElfNote] = ()
+    """Those of the kernel's own header."""
+    listed: Sequence[Listed] = ()
+    """Where the header that it was booted with says that notes are."""
+
     def hear(self, dump: Dump) -> None:
-        self.info = self._find_vmcoreinfo(dump)
-        self.dead = self._question(dump)
+        self._hear_header(dump)
+        self.dead = self._find_dead(dump)
         if self.dead:
             self._hear_witness(dump, self.dead)
         else:
@@ -70,43 +77,48 @@ class X86_64(Arch):
             raise Error("--vmlinux is not part of a capture initramfs: use it where the dump is looked at") from None
         self.vmlinux = made_note.open_vmlinux(path)
 
-    def _find_vmcoreinfo(self, dump: Dump) -> Vmcoreinfo | None:
+    def _hear_header(self, dump: Dump) -> None:
+        """What the kernel's own header says of notes. Read before anything else of the dead kernel, through the guard:
+        the header lies in the crash reservation, which is refused once that is known."""
+        self.notes, self.listed = notes.of_kernel(self.machine, dump.problems), []
+        at = notes.prepared_at(self.machine)
+        if at is None:
+            return
+        try:
+            self.listed = notes.listed_by(dump.exact, at)
+        except SourceError as e:
+            self.machine.remarks.note(f"{e}; where notes lie is not known from it")
+        if self.notes:
+            self.notes = notes.located(self.notes, self.listed, dump.exact)
+        else:
+            self.notes = notes.of_memory(self.listed, dump.exact, dump.problems)
+
+    def _find_dead(self, dump: Dump) -> DeadKernel | None:
         # in boot RAM only: the kernel allocates the page of its note (crash_save_vmcoreinfo_init, a subsys_initcall)
         # before any driver of hot-plugged memory starts, and is never loaded into that
         boot = dump.registry.ram(dump.envelope.boot & dump.memory.covered)
-        info = self._find_note(dump, boot)
+        wanted = note_search.Wanted(
+            self.machine.vmcoreinfo_paddr,
+            self.machine.reports["iomem"].ranges(report.OWN_RAM) - RangeSet([LOW_MEMORY]),
+            self.machine.own_vmcoreinfo,
+            self.search_time,
+            self.vmlinux is None,
+        )
+        self.info, dead = note_search.find(dump.exact, self.notes, boot, wanted, dump.problems)
         if self.vmlinux:
             from guard.witness import made_note
 
-            info, self.symbols = made_note.complete(self.vmlinux, info, dump.exact, boot, dump.problems)
-        return info
-
-    def _find_note(self, dump: Dump, boot: RangeSet) -> Vmcoreinfo | None:
-        paddr = self.machine.vmcoreinfo_paddr
-        if paddr is not None:
-            try:
-                return note_at(dump.exact, paddr)
-            except (WitnessError, ReadError) as e:
-                dump.problems.note(f"VMCOREINFO note at {paddr:#x}, where it was said to be: {e}; searching for it")
-        found = scan(dump.exact, boot, self.machine.own_vmcoreinfo)
-        if not found:
-            instead = "" if self.vmlinux else ": no notes, no symbols"
-            dump.problems.note(f"no VMCOREINFO note in {boot.size >> 20} MiB of old memory{instead}")
-            return None
-        best = found[0]
-        dump.problems.note(
-            f"VMCOREINFO note found by searching at {best.info.paddr or 0:#x} ({', '.join(best.reasons)})"
-        )
-        return best.info
-
-    def _question(self, dump: Dump) -> DeadKernel | None:
+            self.info, self.symbols = made_note.complete(self.vmlinux, self.info, dump.exact, boot, dump.problems)
         if self.info is None:
             return None
         try:
-            return DeadKernel(dump.exact, self.info, self.symbols)
+            dead = dead or DeadKernel(dump.exact, self.info, self.symbols)
         except (WitnessError, ReadError) as e:
             dump.problems.note(f"dead kernel's records: {e}; firmware and devices alone are believed")
             return None
+        if self.info.paddr is None:
+            self.info.paddr = place_of(dead, self.info)
+        return dead
 
     def _hear_witness(self, dump: Dump, dead: DeadKernel) -> None:
         reserved = [(r.name, r.start, r.end) for r in dead.reservations()]
@@ -137,18 +149,21 @@ class X86_64(Arch):
             return dead
         rule = next(rule for rule in dump.registry if rule.name == memory_map.HOTPLUG)
         dump.registry.replace(deny_rule(memory_map.HOTPLUG, RangeSet(), rule.reason, dump.registry.page_size))
-        again = self._question(dump)
-        if again is None or again.tree().flaw:
-            dump.registry.replace(rule)
-            return dead
-        self.dead = again
-        return again
+        try:
+            again = DeadKernel(dump.exact, dead.info, self.symbols)  # which has not failed to read anything yet
+            if not again.tree().flaw:
+                self.dead = again
+                return again
+        except (WitnessError, ReadError):
+            pass
+        dump.registry.replace(rule)
+        return dead
 
     def _settle(self, dump: Dump, dead: DeadKernel) -> None:
         """Take the dead kernel's word on what was RAM, as far as it can be taken."""
         env, known, flaw = dump.envelope, dead.sections(), dead.tree().flaw
         if flaw:
-            dump.problems.note(f"the dead kernel's resource tree does not count: {flaw}; nothing is read or left out for it")
+            dump.problems.note(f"the dead kernel's resource tree does not count: {flaw}")
             dump.envelope = envelope.unwitnessed(env, e820.ram(dead.e820()))
             memory_map.settle(dump.registry, dump.envelope, RangeSet())
             return
@@ -233,23 +248,36 @@ class X86_64(Arch):
         dump.problems.note(f"nothing tells where the memory of {names} is: no hot-plugged memory is read")
 
     def shape(self, dump: Dump) -> Shape:
-        """Notes in the kernel's order: NT_PRSTATUS of each possible CPU that saved one, then VMCOREINFO."""
-        notes: list[Note] = []
+        """Notes in the kernel's order: its own, each with what of it the dead kernel's records know better."""
+        found = self.notes
         text = None
         page_offset = DEFAULT_PAGE_OFFSET
         if self.dead:
             page_offset = self.dead.page_offset()
-            notes = [Note(cpu.notes, cpu.paddr) for cpu in self.dead.cpu_notes() if cpu.notes]
+            found = notes.completed(found, self.dead.cpu_notes(), self.listed, self.machine.remarks)
             if image := self.dead.text():
                 text = Load(image.paddr, image.vaddr, image.size)
         else:
+            no_cpus = "" if any(note.is_cpu for note in found) else "no CPU notes, "
             dump.problems.note(
-                "no page tables of the dead kernel: no CPU notes, no kernel text PT_LOAD, "
-                f"p_vaddr from {page_offset:#x}"
+                f"no page tables of the dead kernel: {no_cpus}no kernel text PT_LOAD, p_vaddr from {page_offset:#x}"
             )
-        if self.info:
-            notes.append(Note(self.info.note, self.info.paddr))
-        return Shape(EM_X86_64, "<", text, page_offset, tuple(notes), 0, DEFAULT_NOTE_ALIGN)
+        found = notes.with_vmcoreinfo(found, self._served_info(dump, self.info) if self.info else None)
+        self.notes = ()  # they can be large, and the header has them now
+        return Shape(EM_X86_64, "<", text, page_offset, notes.joined(found), 0, DEFAULT_NOTE_ALIGN)
+
+    def _served_info(self, dump: Dump, info: Vmcoreinfo) -> Vmcoreinfo:
+        """*info*, with lines for older collectors where the header is ours; tells what no line can help."""
+        if self.compatibility and dump.layout == "cut":
+            self.added = tuple(compatibility.missing(info))
+        if self.added:
+            info = compatibility.with_lines(info, self.added)
+        for one in self.added:
+            self.machine.remarks.note(f"VMCOREINFO is served with {one.line} added, for {one.whom}")
+        if self.machine.live and (program := programs.find("makedumpfile")):
+            for line in compatibility.wrong(info, program):
+                dump.problems.note(line)
+        return info
 
     def kernel_ranges(self, dump: Dump) -> list[Range] | None:
         """The PT_LOAD ranges that kexec_file_load(2) writes: each System RAM resource by itself, in the tree's order,

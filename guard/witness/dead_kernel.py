@@ -37,7 +37,7 @@ from guard.witness.vmcoreinfo import Vmcoreinfo
 T = TypeVar("T")
 
 WANTED = (
-    frozenset({"_text", "_end", "iomem_resource", "page_offset_base"})
+    frozenset({"_text", "_end", "iomem_resource", "page_offset_base", "vmcoreinfo_note"})
     | crash_notes.SYMBOLS
     | e820.SYMBOLS
     | layouts.SYMBOLS
@@ -120,6 +120,14 @@ class DeadKernel:
                 f"dead kernel's release in memory is {release!r}, vmcoreinfo has {self.info.text('OSRELEASE')!r}"
             )
         return release
+
+    def note_vaddr(self) -> int | None:
+        """Where the kernel itself has its VMCOREINFO note (kernel/vmcore_info.c:vmcoreinfo_note, a pointer): a virtual
+        address, None if that cannot be had."""
+        name = "vmcoreinfo_note"
+        if name not in self.symbols():
+            return None
+        return self._once(name, lambda: self.walk.read_u64(self._symbol(name)), None)
 
     def text(self) -> KernelText | None:
         """Where the kernel image is."""

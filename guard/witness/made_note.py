@@ -7,7 +7,6 @@ enumerator for. So the witness, makedumpfile, crash and drgn read the same from 
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -17,7 +16,7 @@ from guard.witness.dead_kernel import WANTED
 from guard.witness.kaslr import Place, locate
 from guard.witness.memory import Memory, Problems
 from guard.witness.pagewalk import START_KERNEL_MAP
-from guard.witness.vmcoreinfo import NOTE_NAME, Vmcoreinfo
+from guard.witness.vmcoreinfo import Vmcoreinfo, note_of
 from guard.witness.vmlinux import Vmlinux
 
 PAGE_SIZE = 4096
@@ -108,12 +107,7 @@ def complete(vmlinux: Vmlinux, info: Vmcoreinfo | None, mem: Memory, ranges: Ran
         for line in info.problems:
             problems.note(line)
         problems.note(f"{len(made)} lines that the VMCOREINFO note lacks are made from {path}: {where}")
-    return Evidence(Vmcoreinfo(desc, _note(desc)), symbols)
-
-
-def _note(desc: bytes) -> bytes:
-    head = struct.pack("<III", len(NOTE_NAME), len(desc), 0)
-    return head + NOTE_NAME + bytes(-len(NOTE_NAME) % 4) + desc + bytes(-len(desc) % 4)
+    return Evidence(Vmcoreinfo(desc, note_of(desc)), symbols)
 
 
 def _refuse_other_build(vmlinux: Vmlinux, info: Vmcoreinfo) -> None:

@@ -140,6 +140,11 @@ def _shown(raw: bytes) -> str:
     return repr(text) + ("..." if len(raw) > 40 else "")
 
 
+def note_of(desc: bytes) -> bytes:
+    """The ELF note, little-endian, that has the text *desc*."""
+    return struct.pack("<III", len(NOTE_NAME), len(desc), 0) + NOTE_NAME + bytes(1) + desc + bytes(-len(desc) % 4)
+
+
 def note_at(mem: Memory, paddr: int, limit: int = HEADER_SIZE + MAX_DESC, byteorder: str = "<") -> Vmcoreinfo:
     """The VMCOREINFO note at physical address *paddr*; *limit* bounds the whole note in bytes.
 

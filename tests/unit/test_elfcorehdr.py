@@ -18,7 +18,7 @@ from capture.elfcorehdr import EMPTY_NOTE, Prepared
 from guard.errors import Error
 from guard.ranges import Range
 from tests.unit.kernel_header import vmcore_of
-from tests.unit.witness_memory import PAGE, FakeMemory
+from tests.unit.witness_memory import PAGE, PRSTATUS, FakeMemory, vmcoreinfo_note
 
 HEADER_AT = 0x7F000000
 """Where the header is put; nothing else lies from there on."""
@@ -96,11 +96,32 @@ def test_kernel_makes_of_it_the_header_that_was_foreseen(case: Case, loads: list
 
 
 @given(cases())
-def test_notes_are_copied_from_the_first_on_that_old_memory_has_not(case: Case) -> None:
+def test_notes_are_copied_that_old_memory_has_not(case: Case) -> None:
     prepared = elfcorehdr.prepare(case.shape, case.memory)
-    whole = next((i for i, state in enumerate(case.states) if state != THERE), len(case.states))
-    assert prepared.there == case.shape.notes[:whole]
-    assert prepared.copied == b"".join(note.data for note in case.shape.notes[whole:])
+    pairs = list(zip(case.shape.notes, case.states, strict=True))
+    assert prepared.there == tuple(note for note, state in pairs if state == THERE)
+    assert copied(prepared) == b"".join(note.data for note, state in pairs if state != THERE)
+    assert prepared.left_out == ()
+
+
+def copied(prepared: Prepared) -> bytes:
+    return b"".join(note.data for note in prepared.copied)
+
+
+def test_device_dump_that_no_kernel_can_read_at_boot_is_left_out_and_all_else_is_served() -> None:
+    memory = FakeMemory()
+    memory.write(NOTES_AT, PRSTATUS + EMPTY_NOTE)
+    dumps = [
+        struct.pack("<III", 6, size - 20, 0x700) + b"LINUX\0\0\0" + bytes(size - 20) for size in (3 << 20, 64 << 10)
+    ]
+    notes = (*map(Note, dumps), Note(PRSTATUS, NOTES_AT), Note(vmcoreinfo_note(b"OSRELEASE=6\n")[:-12]))
+    shape = Shape(62, "<", None, 0, notes, 0, 4)
+    prepared = elfcorehdr.prepare(shape, memory)
+    assert prepared.left_out == notes[:1]
+    assert prepared.shape.notes == notes[1:]
+    assert len(prepared.build([], HEADER_AT)) < elfcorehdr.MOST_COPIED
+    memory.write(HEADER_AT, prepared.build([], HEADER_AT))
+    assert vmcore_of(HEADER_AT, memory, 4) == elfcore.build(62, prepared.shape.merged_notes(), [], 4).header
 
 
 def test_note_whose_end_is_behind_a_page_that_cannot_be_read_is_copied() -> None:
@@ -108,9 +129,9 @@ def test_note_whose_end_is_behind_a_page_that_cannot_be_read_is_copied() -> None
     data = struct.pack("<III", 4, PAGE - 16, 1) + b"abc\0" + bytes(PAGE - 16)
     memory.write(NOTES_AT, data + EMPTY_NOTE)
     shape = Shape(62, "<", None, 0, (Note(data, NOTES_AT),), 0, 4)
-    assert elfcorehdr.prepare(shape, memory).copied == b""
+    assert copied(elfcorehdr.prepare(shape, memory)) == b""
     memory.drop(NOTES_AT + PAGE)
-    assert elfcorehdr.prepare(shape, memory).copied == data
+    assert copied(elfcorehdr.prepare(shape, memory)) == data
 
 
 def test_note_is_copied_where_not_all_that_the_kernel_reads_behind_it_can_be_read() -> None:
@@ -118,9 +139,9 @@ def test_note_is_copied_where_not_all_that_the_kernel_reads_behind_it_can_be_rea
     data = struct.pack("<III", 4, PAGE - 20, 1) + b"abc\0" + bytes(PAGE - 20)
     memory.write(NOTES_AT, data + EMPTY_NOTE)  # the empty note begins four bytes before the border
     shape = Shape(62, "<", None, 0, (Note(data, NOTES_AT),), 0, 4)
-    assert elfcorehdr.prepare(shape, memory).copied == b""
+    assert copied(elfcorehdr.prepare(shape, memory)) == b""
     memory.drop(NOTES_AT + PAGE)
-    assert elfcorehdr.prepare(shape, memory).copied == data
+    assert copied(elfcorehdr.prepare(shape, memory)) == data
 
 
 @given(cases(), st.integers(0, 60))
@@ -144,7 +165,8 @@ def test_most_is_the_largest_number_of_loads_that_fits(case: Case, n: int, more:
 def test_most_never_is_more_than_either_header_counts(states: tuple[str, ...]) -> None:
     note = struct.pack("<III", 4, 0, 1) + b"abc\0"
     there = tuple(Note(note, NOTES_AT) for state in states if state == THERE)
-    prepared = Prepared(Shape(62, "<", None, 0, there, 0, 4), there, note if "unknown" in states else b"")
+    unknown = (Note(note),) * ("unknown" in states)
+    prepared = Prepared(Shape(62, "<", None, 0, there, 0, 4), (*there, *unknown))
     most = prepared.most(1 << 40)
     loads = [Load(n * PAGE, 0, PAGE) for n in range(most)]
     prepared.build(loads, HEADER_AT)
@@ -154,7 +176,7 @@ def test_most_never_is_more_than_either_header_counts(states: tuple[str, ...]) -
 
 def test_more_program_headers_than_can_be_counted_are_an_error() -> None:
     note = Note(struct.pack("<III", 4, 0, 1) + b"abc\0", NOTES_AT)
-    prepared = Prepared(Shape(62, "<", None, 0, (note,), 0, 4), (note,), b"")
+    prepared = Prepared(Shape(62, "<", None, 0, (note,), 0, 4), (note,))
     loads = [Load(n * PAGE, 0, PAGE) for n in range(65_534)]
     assert len(prepared.build(loads[1:], HEADER_AT)) == prepared.size(65_533)
     with pytest.raises(Error, match="65535 program headers where an ELF header counts at most 65534"):

@@ -50,7 +50,7 @@ def small_dump(refused: RangeSet, shape: Shape, gated: Range = NOTHING) -> Dump:
     return cast(Dump, SimpleNamespace(machine=machine, registry=registry, readable_runs=readable, shape=shape))
 
 
-PREPARED = Prepared(shape_of(), shape_of().notes, b"")
+PREPARED = Prepared(shape_of(), shape_of().notes)
 
 
 def placed(dump: Dump, wanted: str | None = None) -> tuple[str, str, list[Load], GivenUp]:
@@ -227,7 +227,7 @@ def test_recorded_machine_is_refused(recorded_folder: Path) -> None:
 def test_kernel_will_serve_of_the_planned_header_what_was_planned(plan_of: MakePlan, live_dump: Dump) -> None:
     made = plan_of()
     assert len(made.prepared.there) == 3  # two CPUs and VMCOREINFO
-    assert made.prepared.copied == b""
+    assert made.prepared.copied == ()
 
     class Memory:
         def read(self, paddr: int, size: int) -> bytes:

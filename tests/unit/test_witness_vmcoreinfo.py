@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Parsing VMCOREINFO, reading its note, and finding it by scanning."""
+"""Parsing VMCOREINFO, and reading its note."""
 
 from __future__ import annotations
 
@@ -10,8 +10,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from guard.errors import ReadError, WitnessError
-from guard.ranges import RangeSet
-from guard.witness.scan import scan
 from guard.witness.vmcoreinfo import Vmcoreinfo, note_at
 from tests.unit.witness_memory import FakeMemory, vmcoreinfo_note
 
@@ -160,67 +158,3 @@ def test_a_note_that_runs_out_of_memory_is_a_read_error() -> None:
     mem.write(0x7000, struct.pack("<III", 11, 8192, 0) + b"VMCOREINFO\0\0")
     with pytest.raises(ReadError):
         note_at(mem, 0x7000)
-
-
-NO_CRASH = TEXT.replace(b"CRASHTIME=1764000000\n", b"")
-OLD_CRASH = TEXT.replace(b"CRASHTIME=1764000000\n", b"CRASHTIME=1700000000\n")
-
-
-def memory_with(notes: dict[int, bytes], size: int) -> FakeMemory:
-    mem = FakeMemory()
-    for paddr in range(0, size, 4096):
-        mem.write(paddr, b"\0")
-    for paddr, desc in notes.items():
-        mem.write(paddr, vmcoreinfo_note(desc))
-    return mem
-
-
-def test_scan_prefers_the_page_aligned_note_of_the_latest_crash() -> None:
-    end = 3 << 20
-    mem = memory_with(
-        {0x3000: NO_CRASH, 0x20010: TEXT, 0x101000: OLD_CRASH, 0x180000: TEXT, 0x280000: NO_CRASH, 0x2A0000: TEXT}, end
-    )
-    found = scan(mem, RangeSet([(0, end)]), own_paddr=0x280000, excluded=RangeSet([(0x2A0000, 0x2B0000)]))
-    assert [c.info.paddr for c in found] == [0x180000, 0x101000, 0x3000, 0x20010]
-    assert found[0].reasons == ("starts a page", "has CRASHTIME=1764000000")
-    assert found[2].reasons[1] == "has no CRASHTIME="
-    assert not found[3].page_aligned
-
-
-def test_scan_ignores_what_only_looks_like_a_note() -> None:
-    mem = memory_with({}, 1 << 20)
-    mem.write(0x2000, b"VMCOREINFO\0" * 1000)
-    mem.write(0x8000, vmcoreinfo_note(b"SOMETHING=else\n"))
-    mem.write(0x9000, vmcoreinfo_note(TEXT).replace(b"\x0b", b"\x0c", 1))
-    mem.write(0xA000, struct.pack("<III", 11, 1 << 30, 0) + b"VMCOREINFO\0\0OSRELEASE=")
-    assert scan(mem, RangeSet([(0, 1 << 20)])) == []
-    assert mem.reads < 20
-
-
-def test_scan_finds_a_note_wherever_it_lies_around_a_chunk_border() -> None:
-    for start in range((1 << 20) - 40, (1 << 20) + 8, 4):
-        mem = memory_with({start: TEXT}, (1 << 20) + 8192)
-        found = scan(mem, RangeSet([(0, (1 << 20) + 8192)]))
-        assert [c.info.paddr for c in found] == [start]
-
-
-def test_scan_skips_unreadable_pages_only() -> None:
-    end = 2 << 20
-    mem = memory_with({0x5000: TEXT, 0x1F0000: OLD_CRASH}, end)
-    for paddr in (0x4000, 0x7000, 0x1F2000):
-        mem.drop(paddr)
-    found = scan(mem, RangeSet([(0, end)]))
-    assert [c.info.paddr for c in found] == [0x5000, 0x1F0000]
-
-
-def test_scan_of_unreadable_memory_ends_after_a_bounded_number_of_reads() -> None:
-    mem = FakeMemory()
-    assert scan(mem, RangeSet([(0, 1 << 30)])) == []
-    assert mem.reads < 1 << 17
-
-
-def test_scan_of_memory_full_of_notes_is_bounded() -> None:
-    mem = memory_with(dict.fromkeys(range(0, 6 << 20, 4096), TEXT), 0)
-    found = scan(mem, RangeSet([(0, 6 << 20)]))
-    assert 0 < len(found) <= 8
-    assert mem.reads < 3000
