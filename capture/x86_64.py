@@ -83,7 +83,7 @@ class X86_64(Arch):
                 return note_at(dump.exact, paddr)
             except (WitnessError, ReadError) as e:
                 dump.problems.note(f"VMCOREINFO note at {paddr:#x}, where it was said to be: {e}; searching for it")
-        found = scan(dump.exact, boot, self.machine.own_vmcoreinfo)
+        found = scan(dump.exact.untracked(), boot & dump.memory.recorded, self.machine.own_vmcoreinfo)
         if not found:
             instead = "" if self.vmlinux else ": no notes, no symbols"
             dump.problems.note(f"no VMCOREINFO note in {boot.size >> 20} MiB of old memory{instead}")
@@ -92,6 +92,7 @@ class X86_64(Arch):
         dump.problems.note(
             f"VMCOREINFO note found by searching at {best.info.paddr or 0:#x} ({', '.join(best.reasons)})"
         )
+        dump.exact.touch(best.info.paddr or 0, len(best.info.note))
         return best.info
 
     def _question(self, dump: Dump) -> DeadKernel | None:
