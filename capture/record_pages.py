@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from typing import BinaryIO, NamedTuple
 
 from capture.dump import Dump
+from capture.memory_map import WHOLE
 from capture.recorded import RamImage, Runs, VirtioMemState
 from capture.x86_platform import FIRMWARE
 from guard.errors import Error, ReadError, SourceError, WitnessError
@@ -91,13 +92,13 @@ def write(dump: Dump, choice: Choice, devices: Iterable[VirtioMemState], image: 
     Raises Error."""
     machine = dump.machine
     page = machine.page_size
-    memory = dump.exact.untracked()
-    writer = _Writer(image, page)
+    writer = _Writer(image, page, _Reader(dump, choice.firmware))
+    pages = choice.pages | choice.firmware
     ram: list[RamImage] = []
     virtio: list[VirtioMemState] = []
     for entry in _ram(dump):
         offset = image.tell()
-        ram.append(entry._replace(image=IMAGE, offset=offset, held=writer.write(memory, choice.pages, entry)))
+        ram.append(entry._replace(image=IMAGE, offset=offset, held=writer.write(pages, entry)))
     for device in devices:
         offset = image.tell()
         region = RamImage(IMAGE, 0, device.addr, device.region_size)
@@ -110,12 +111,12 @@ def write(dump: Dump, choice: Choice, devices: Iterable[VirtioMemState], image: 
         if shown == ():
             virtio.append(device._replace(image=None))
             continue
-        held = writer.write(memory, choice.pages, region)
+        held = writer.write(pages, region)
         virtio.append(device._replace(image=IMAGE, offset=offset, held=held, shown=shown))
     for piece in choice.firmware - RangeSet(_span(r) for r in ram):
         offset = image.tell()
         entry = RamImage(IMAGE, offset, piece.start, piece.size)
-        ram.append(entry._replace(held=writer.write(_firmware(dump, piece), RangeSet([piece]), entry)))
+        ram.append(entry._replace(held=writer.write(pages, entry)))
     writer.finish()
     return Written(tuple(ram), tuple(virtio), RangeSet(writer.written))
 
@@ -137,23 +138,34 @@ def _runs(pages: RangeSet, start: int, page: int) -> Runs:
     return tuple(((r.start - start) // page, r.size // page) for r in pages)
 
 
-def _firmware(dump: Dump, piece: Range) -> ExactMemory:
-    gate = Registry(dump.machine.page_size)
-    allowed = RangeSet([piece])
-    gate.register(allow_rule("firmware", Range(0, 1 << 64), allowed, "not read before", gate.page_size))
-    try:
-        return ExactMemory(OldMemory(dump.machine.firmware_segments(allowed), gate))
-    except SourceError:
-        return ExactMemory(OldMemory([], gate))
+class _Reader:
+    """Old memory, and of the pages *firmware*, which were read already, what firmware has there."""
+
+    def __init__(self, dump: Dump, firmware: RangeSet) -> None:
+        self._old = dump.exact.untracked()
+        gate = Registry(dump.machine.page_size)
+        gate.register(allow_rule("firmware", WHOLE, firmware, "not read before", gate.page_size))
+        try:
+            segments = dump.machine.firmware_segments(firmware) if firmware else []
+        except SourceError:
+            segments = []
+        self._firmware = ExactMemory(OldMemory(segments, gate))
+
+    def read(self, paddr: int, size: int) -> bytes:
+        try:
+            return self._old.read(paddr, size)
+        except ReadError:
+            return self._firmware.read(paddr, size)
 
 
 class _Writer:
-    def __init__(self, image: BinaryIO, page: int) -> None:
+    def __init__(self, image: BinaryIO, page: int, memory: _Reader) -> None:
         self._image = image
         self._page = page
+        self._memory = memory
         self.written: list[Range] = []
 
-    def write(self, memory: ExactMemory, pages: RangeSet, entry: RamImage) -> Runs:
+    def write(self, pages: RangeSet, entry: RamImage) -> Runs:
         """Append those of *pages* that lie in *entry* and can be read; returns which they were, from its start on."""
         if entry.paddr % self._page:
             if pages & RangeSet([_span(entry)]):
@@ -161,7 +173,7 @@ class _Writer:
             return ()
         found: list[Range] = []
         for run in (pages & RangeSet([_span(entry)])).inner_pages(self._page):
-            for start, data in self._read(memory, run):
+            for start, data in self._read(run):
                 self._append(data)
                 found.append(Range(start, start + len(data)))
                 if len(found) > MAX_RUNS:
@@ -174,18 +186,18 @@ class _Writer:
         self.written += held
         return _runs(held, entry.paddr, self._page)
 
-    def _read(self, memory: ExactMemory, run: Range) -> Iterator[tuple[int, bytes]]:
+    def _read(self, run: Range) -> Iterator[tuple[int, bytes]]:
         """What of *run* can be read, piece by piece; where one fails page by page."""
         for start in range(run.start, run.end, _PIECE):
             end = min(run.end, start + _PIECE)
             try:
-                yield start, memory.read(start, end - start)
+                yield start, self._memory.read(start, end - start)
                 continue
             except ReadError:
                 pass
             for at in range(start, end, self._page):
                 try:
-                    yield at, memory.read(at, self._page)
+                    yield at, self._memory.read(at, self._page)
                 except ReadError:
                     continue
 
