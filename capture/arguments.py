@@ -121,6 +121,12 @@ def parser(version: str) -> argparse.ArgumentParser:
     p.add_argument("file")
     p = command("record", "write this machine's state as a folder for --machine", *both)
     p.add_argument("folder")
+    p.add_argument(
+        "--minimal",
+        action="store_true",
+        help="with the pages of memory that map, header and guard need, and no other; of a recorded machine too",
+    )
+    p.add_argument("--with-log", action="store_true", help="with those pages too that hold the dead kernel's log")
     second = argparse.ArgumentParser(add_help=False, formatter_class=_Help)
     group = second.add_argument_group("stage 2")
     place = group.add_mutually_exclusive_group()

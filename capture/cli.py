@@ -78,6 +78,10 @@ def open_dump(args: argparse.Namespace) -> Dump:
         rules += [static.allow(static.parse(args.allow))] if args.allow else []
     machine = open_machine(args)
     machine.arch.search_time, machine.arch.compatibility = args.search_time, args.compatibility
+    if getattr(args, "minimal", False):
+        from guard.physmem import Touched
+
+        machine.touched = Touched(machine.page_size)
     if args.vmlinux:
         try:
             machine.arch.use_vmlinux(args.vmlinux)
@@ -268,10 +272,20 @@ def cmd_stage2(args: argparse.Namespace) -> int:
 
 
 def cmd_record(args: argparse.Namespace) -> int:
-    from capture.record import record
+    from capture.record import record, record_minimal
+    from capture.sources import files
 
+    if args.with_log and not args.minimal:
+        raise Error("--with-log is for --minimal: without it no memory is written")
+    if args.vmlinux:
+        raise Error("--vmlinux: a record does not hold it; record without, and name it where the record is looked at")
+    seen = files.seen = {}
     dump = open_dump(args)
-    for line in record(dump, args.folder):
+    if args.minimal:
+        lines = record_minimal(dump, args.folder, seen, warn, args.with_log, args.force)
+    else:
+        lines = record(dump, args.folder, seen)
+    for line in lines:
         print(f"oldmem: {line}")
     return DONE
 

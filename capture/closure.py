@@ -15,6 +15,7 @@ MODULES = (
     "capture.background",
     "capture.init",
     "capture.record",
+    "capture.record_pages",
     "capture.run",
     "capture.save",
     "capture.arrival",

@@ -88,7 +88,7 @@ class Dump:
             kernels = procvmcore.segments(machine.core_fd, machine.core_header)
             segments = layer(only(kernels, machine.own), only(segments, wanted - machine.own))
         self.memory = OldMemory(segments, self.registry)
-        self.exact = ExactMemory(self.memory)
+        self.exact = ExactMemory(self.memory, machine.touched)
         if plugins:
             self._ask(plugins)
         self.arch.hear(self)

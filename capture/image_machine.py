@@ -8,12 +8,12 @@ import os
 
 from capture.machine import Machine
 from capture.memory_map import Device
-from capture.recorded import RecordedMachine
+from capture.recorded import CAPTURE_KERNEL, RecordedMachine, Runs
 from capture.sources import files
 from guard import loop
 from guard.errors import SourceError
 from guard.loop import LoopDevice
-from guard.physmem import PREAD, Segment, only
+from guard.physmem import ABSENT, PREAD, Segment, absent, layer, only
 from guard.ranges import Range, RangeSet
 from guard.virtio_search import set_blocks
 
@@ -23,13 +23,15 @@ class ImageMachine(Machine):
     read-only loop devices. Raises SourceError (images), DeviceError (loop devices), or Error."""
 
     def __init__(self, record: RecordedMachine, use_loop: bool = False) -> None:
-        self.record = record
         super().__init__(record.root_path, record.arch)
+        self.record: RecordedMachine = record
         self._loops: list[LoopDevice] = []
         self.page_size, self.capture_release = record.page_size, record.capture_release
         if record.vmcoreinfo_paddr is not None:
             self.vmcoreinfo_paddr = record.vmcoreinfo_paddr
-        self.phdr_note_align = record.phdr_note_align
+        self.own_vmcoreinfo, self.phdr_note_align = record.own_vmcoreinfo, record.phdr_note_align
+        if record.machine_checks is not None:
+            self.machine_checks = RangeSet(record.machine_checks)
         self._use_loop = use_loop
         for line in record.notes:
             self.problems.note(line)
@@ -42,7 +44,8 @@ class ImageMachine(Machine):
             self._open_core(files.resolve(record.root_path, "proc/vmcore"), core)
         except OSError as e:
             self.problems.note(f"{core}: {e.strerror}; taken as absent")
-        self.images = RangeSet((r.paddr, r.paddr + r.size) for r in record.ram)
+        if record.seen_from != CAPTURE_KERNEL:
+            self.images = RangeSet((r.paddr, r.paddr + r.size) for r in record.ram)
         for v in record.virtio_mem:
             blocks = v.usable_region_size // v.block_size
             bitmap = bytearray((blocks + 7) // 8)
@@ -51,7 +54,7 @@ class ImageMachine(Machine):
             region = Range(v.addr, v.addr + v.region_size)
             self.devices.append(
                 Device(
-                    f"virtio-mem {v.addr:#x}",
+                    v.name or f"virtio-mem {v.addr:#x}",
                     region,
                     *(v.usable_region_size, v.block_size, v.plugged_size, v.requested_size, v.node_id),
                     bytes(bitmap),
@@ -73,17 +76,37 @@ class ImageMachine(Machine):
 
     def _open_images(self) -> list[Segment]:
         """All images, by the addresses that memory had when they were taken."""
-        parts = [(r.image, r.offset, r.paddr, r.size) for r in self.record.ram]
-        parts += [(v.image, v.offset, v.addr, v.region_size) for v in self.record.virtio_mem if v.image is not None]
+        parts: list[tuple[str, int, int, int, Runs | None, Runs | None]] = [
+            (r.image, r.offset, r.paddr, r.size, r.held, None) for r in self.record.ram
+        ]
+        for v in self.record.virtio_mem:
+            if v.image is not None:
+                parts.append((v.image, v.offset, v.addr, v.region_size, v.held, v.shown))
         opened: dict[str, int] = {}
-        found = []
-        for image, offset, paddr, size in sorted(parts, key=lambda p: p[2]):
+        found: list[Segment] = []
+        for image, offset, paddr, size, held, shown in sorted(parts, key=lambda p: p[2]):
             path = self.record.resolve(image)
             if path not in opened:
                 opened[path] = self._open_image(path)
-            found.append(Segment(paddr, size, opened[path], offset, PREAD, path))
+            whole = Segment(paddr, size, opened[path], offset, PREAD, path)
+            there = self._pages(paddr, shown) if shown is not None else RangeSet([(paddr, paddr + size)])
+            found += only([whole], there) if held is None else self._held(whole, held, there)
+        if any(s.how == ABSENT for s in found):
+            self.remarks.note("a minimal record: what is no page that map, header or guard need cannot be read")
         self.source = "images" + (" on loop devices" if self._use_loop else "")
         return found
+
+    def _pages(self, paddr: int, runs: Runs) -> RangeSet:
+        page = self.page_size
+        return RangeSet((paddr + first * page, paddr + (first + count) * page) for first, count in runs)
+
+    def _held(self, whole: Segment, held: Runs, shown: RangeSet) -> list[Segment]:
+        """The pages *held*, which lie back to back in the file of *whole*, and between them what was not recorded."""
+        pieces, offset = [], whole.offset
+        for piece in self._pages(whole.paddr, held):
+            pieces.append(whole._replace(paddr=piece.start, size=piece.size, offset=offset))
+            offset += piece.size
+        return layer(pieces, [absent(rest.start, rest.size, whole.name) for rest in shown])
 
     def _open_image(self, path: str) -> int:
         if self._use_loop and os.path.isfile(path):

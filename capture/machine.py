@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from typing import TYPE_CHECKING
 
 from capture.arch import Arch
 from capture.memory_map import Device
@@ -17,10 +18,13 @@ from capture.sources import cmdline, firmware_memmap, fw_cfg, iomem, memory_bloc
 from capture.sources.report import SourceReport
 from guard import devmem, procvmcore, virtio_mem
 from guard.errors import Error, SourceError
-from guard.physmem import Segment, covered, layer, only
+from guard.physmem import Segment, Touched, covered, layer, only
 from guard.procvmcore import CoreHeader
 from guard.ranges import Range, RangeSet
 from guard.witness.memory import Problems
+
+if TYPE_CHECKING:
+    from capture.recorded import RecordedMachine
 
 SOURCES = {
     "fw_cfg": fw_cfg.read,
@@ -60,12 +64,18 @@ class Machine:
     vmcoreinfo_paddr: int | None = None
     own_vmcoreinfo: int | None = None
     phdr_note_align: int | None = None
+    machine_checks: RangeSet | None = None
+    """What the dead kernel's log named in fatal machine checks (physical bytes); None: the log is to be asked."""
+    touched: Touched | None = None
+    """Where exact reads note their pages; None: nobody wants to know."""
     core_header: CoreHeader | None = None
     core_fd: int | None = None
     header_is_the_kernels = False
     """The running kernel built the header of its /proc/vmcore itself, after the crash: there is none better."""
     live = False
     """It is the machine that this runs on."""
+    record: RecordedMachine | None = None
+    """What it was loaded from; None: it is live."""
 
     def __init__(self, root: str, arch: str) -> None:
         self.root = root

@@ -44,17 +44,25 @@ class Wanted(NamedTuple):
     """Without --vmlinux: a note that has to be completed by it cannot prove itself yet."""
 
 
+class Place(NamedTuple):
+    """Where a search reads: *ranges* of *memory*, physical bytes. Others than those that verify what it finds: a search
+    touches all of memory, which no recording may count, and a recording has only some of it."""
+
+    memory: Memory
+    ranges: RangeSet
+
+
 def find(
     mem: Memory,
     known: Sequence[ElfNote],
     boot: RangeSet,
     wanted: Wanted,
     problems: Problems,
-    search: Memory | None = None,
+    search: Place | None = None,
 ) -> Found:
     """The dead kernel's note, from those *known* of the kernel's own header, or from *boot* RAM (physical bytes) of
-    *mem*; *search* (default: *mem*) is read where all of *boot* is searched. Never raises: what was searched, what
-    contradicts what, and that there is no note are lines in *problems*."""
+    *mem*, searched at *search* if that is another place. Never raises: what was searched, what contradicts what, and
+    that there is no note are lines in *problems*."""
     preloaded = notes.vmcoreinfo(known)
     told = _told(mem, wanted.hint, preloaded, problems)
     if preloaded is not None:
@@ -70,7 +78,7 @@ def find(
         if not proof.against:
             return Found(told, proof.dead)
         problems.note(f"{_at(told)}, where it was said to be: {proof.against}; searching for another one")
-    return _searched(search or mem, mem, boot, wanted, told, problems)
+    return _searched(search or Place(mem, boot), mem, boot, wanted, told, problems)
 
 
 def _told(mem: Memory, hint: int | None, preloaded: Vmcoreinfo | None, problems: Problems) -> Vmcoreinfo | None:
@@ -100,7 +108,7 @@ def _decide(mem: Memory, preloaded: Vmcoreinfo, told: Vmcoreinfo, own: RangeSet,
 
 
 def _searched(
-    search: Memory, mem: Memory, boot: RangeSet, wanted: Wanted, told: Vmcoreinfo | None, problems: Problems
+    search: Place, mem: Memory, boot: RangeSet, wanted: Wanted, told: Vmcoreinfo | None, problems: Problems
 ) -> Found:
     instead = "; the one that was told is used" if told else ": no notes, no symbols" if wanted.provable else ""
     if not wanted.time_limit:
@@ -109,19 +117,21 @@ def _searched(
     from guard.witness.scan import scan  # of use to few machines
 
     ask = (lambda info: prove(mem, info, wanted.own)) if wanted.provable else None
-    result = scan(search, boot, wanted.own_note, verify=mem, prove=ask, time_limit=wanted.time_limit)
+    result = scan(search.memory, search.ranges, wanted.own_note, verify=mem, prove=ask, time_limit=wanted.time_limit)
     searched = _what(result, boot)
     if not result.candidates:
         problems.note(f"no VMCOREINFO note in {searched}{instead}")
         return Found(told)
     best = result.candidates[0]
-    problems.note(f"VMCOREINFO note found by searching at {best.info.paddr or 0:#x} ({_why(best)}) in {searched}")
+    rest = f" in {searched}" if result.late else ""
+    problems.note(f"VMCOREINFO note found by searching at {best.info.paddr or 0:#x} ({_why(best)}){rest}")
     return Found(best.info, best.proof.dead if best.proof else None)
 
 
 def _what(result: Search, boot: RangeSet) -> str:
-    late = f" of {boot.size >> 20}: the time for it was over (--search-time)" if result.late else ""
-    return f"{result.size >> 20} MiB of old memory{late}"
+    if result.late:
+        return f"{result.size >> 20} of {boot.size >> 20} MiB of old memory: the time for it was over (--search-time)"
+    return f"{boot.size >> 20} MiB of old memory"
 
 
 def _why(best: Candidate) -> str:

@@ -2,58 +2,27 @@
 """Writing the machine's state as a folder for --machine: what the capture environment knows, without the memory.
 
 The memory is the host's to give: a guest's RAM file or a copy of it, put beside machine.json under the names that it
-has. As QEMU lays its RAM out, one file holds what is below 4 GiB first and what is above behind it."""
+has. As QEMU lays its RAM out, one file holds what is below 4 GiB first and what is above behind it. A minimal record
+has memory of its own: the pages that map, header and guard were made from (record_pages.py)."""
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Callable, Iterator, Mapping
 
+from capture import record_files
 from capture.dump import Dump
-from capture.machine import LiveMachine
-from capture.recorded import RamImage, RecordedMachine, VirtioMemState, save
+from capture.recorded import CAPTURE_KERNEL, FILE, RamImage, RecordedMachine, VirtioMemState, save
 from capture.sources import report
-from capture.x86_platform import BOOT_PARAMS, EFI_TABLES, PCI
 from guard.errors import Error
 from guard.procvmcore import PATH as PROC_VMCORE
 from guard.ranges import RangeSet
-from guard.rules import gart
 
 FOUR_GIB = 1 << 32
-MAX_FILE = 1 << 20
+ROOT = "root"
 
-# What the sources read (capture/sources), and what a person looks for first in a bug report
-FILES = ("proc/iomem", "proc/cmdline", "proc/version", "sys/firmware/acpi/tables/SRAT", "sys/firmware/dmi/tables/DMI")
-PLATFORM = (EFI_TABLES, BOOT_PARAMS, *(f"{PCI}/{address}/config" for address in gart.NODES))
-FOLDERS = ("sys/firmware/memmap", "sys/devices/system/memory")
-FW_CFG = "sys/firmware/qemu_fw_cfg/by_name/"
-FW_CFG_FILES = ("etc/e820/raw", "etc/e820/size", "etc/vmcoreinfo/raw", "etc/vmcoreinfo/size")
-
-
-def _copy(source: str, target: str) -> bool:
-    try:
-        with open(source, "rb") as file:
-            data = file.read(MAX_FILE)
-    except OSError:
-        return False
-    os.makedirs(os.path.dirname(target), exist_ok=True)
-    with open(target, "wb") as file:
-        file.write(data)
-    return True
-
-
-def _copy_root(root: str) -> int:
-    """Copy the facts below /; returns how many files."""
-    names = [*FILES, *PLATFORM, *(FW_CFG + name for name in FW_CFG_FILES)]
-    for folder in FOLDERS:
-        for path, folders, files in os.walk("/" + folder):
-            # sysfs folders link back to their parents; one level of entries is all there is to read
-            folders[:] = [f for f in folders if not os.path.islink(os.path.join(path, f)) and f != "power"]
-            readable = [f for f in files if f in _WANTED]
-            names += [os.path.join(path, f).lstrip("/") for f in readable]
-    return sum(_copy("/" + name, os.path.join(root, name)) for name in names)
-
-
-_WANTED = {"start", "end", "type", "block_size_bytes", "state", "phys_index"}
+Seen = Mapping[str, bytes | None]
 
 
 def ram_images(boot: RangeSet) -> list[RamImage]:
@@ -65,53 +34,160 @@ def ram_images(boot: RangeSet) -> list[RamImage]:
     ]
 
 
-def record(dump: Dump, folder: str) -> list[str]:
-    """Write machine.json and root/ into *folder*; returns what was done, as lines. Raises Error."""
+def record(dump: Dump, folder: str, seen: Seen) -> list[str]:
+    """Write machine.json and root/ into *folder*, which must be empty or not there; *seen* is what the sources have
+    read (capture.sources.files). Returns what was done, as lines. Raises Error, with nothing left in *folder*."""
     machine = dump.machine
-    if not isinstance(machine, LiveMachine):
-        raise Error("record writes down the machine that this capture kernel came from; --machine names one that is")
-    if machine.header_is_the_kernels:
-        raise Error(f"on {machine.arch.name} nothing needs recording: an image of all RAM is enough (--image)")
+    if machine.record is not None:
+        raise Error(
+            "record writes down the machine that this capture kernel came from; --machine names one that is "
+            "(--minimal: the pages of it that are needed)"
+        )
+    _refuse(dump)
     info = dump.arch.info
-    unknown = [d.name for d in machine.devices if d.bitmap is None]
-    if unknown:
-        raise Error(f"the plug state of {', '.join(unknown)} is not known: a record of it would be wrong")
-    root = os.path.join(folder, "root")
-    try:
-        os.makedirs(root, exist_ok=True)
-        files = _copy_root(root)
-        if machine.core_header is not None:
-            os.makedirs(os.path.join(root, "proc"), exist_ok=True)
-            with open(root + PROC_VMCORE, "wb") as file:
-                file.write(machine.core_header_bytes())
-    except OSError as e:
-        raise Error(f"{e.filename or root}: {e.strerror}") from None
     firmware = machine.reports["fw_cfg"].ranges(report.RAM) or dump.envelope.boot
     ram = ram_images(firmware)
-    virtio = [
+    virtio = [v._replace(image=f"vm{i}.raw") for i, v in enumerate(_devices(dump))]
+    found = RecordedMachine(
+        folder,
+        machine.arch.name,
+        tuple(ram),
+        tuple(virtio),
+        capture_release=os.uname().release,
+        page_size=machine.page_size,
+        phdr_note_align=machine.phdr_note_align,
+        vmcoreinfo_paddr=info.paddr if info else None,
+        own_vmcoreinfo=machine.own_vmcoreinfo,
+    )
+    with _whole(folder):
+        files = _files(dump, folder, seen)
+        save(folder, found)
+    lines = [f"{files} files of /sys and /proc and {folder}/{FILE} written"]
+    lines += [f"put the RAM at {r.paddr:#x}+{r.size:#x} into {r.image} at offset {r.offset:#x}" for r in ram]
+    lines += [f"put the virtio-mem region at {v.addr:#x}+{v.region_size:#x} into {v.image}" for v in virtio]
+    return lines
+
+
+def record_minimal(
+    dump: Dump, folder: str, seen: Seen, warn: Callable[[str], None], with_log: bool = False, force: bool = False
+) -> list[str]:
+    """As record(), with the pages that were touched (dump.machine.touched) in an image beside it. Pages of the printk
+    log only *with_log*; *force* writes those too of which nothing tells whose they were."""
+    from capture import record_pages
+
+    machine = dump.machine
+    _refuse(dump)
+    choice = record_pages.choose(dump, with_log, force)
+    path = os.path.join(folder, record_pages.IMAGE)
+    with _whole(folder):
+        files = _files(dump, folder, seen)
+        with open(path, "wb") as image:
+            written = record_pages.write(dump, choice, _devices(dump), image)
+        save(folder, _minimal(dump, folder)._replace(ram=written.ram, virtio_mem=written.virtio_mem))
+    page = machine.page_size
+    for pages, why in (
+        (choice.others, "are not the kernel's own, but a user's or nobody's"),
+        (choice.unseen, "have no struct page that tells whose they are (--force: write them all the same)"),
+        ((choice.pages | choice.firmware) - written.pages, "could not be read again"),
+    ):
+        if pages:
+            warn(f"not written: {pages.size // page} pages, the first at {next(iter(pages)).start:#x}, {why}")
+    lines = [f"{written.pages.size // page} pages of memory, {files} files of /sys and /proc and {FILE} in {folder}"]
+    if choice.log:
+        lines.append(f"{choice.log.size // page} pages of the dead kernel's log left out (--with-log: write them)")
+    return lines
+
+
+def _minimal(dump: Dump, folder: str) -> RecordedMachine:
+    """What is known of the machine but its memory, as those need it who were not there."""
+    machine = dump.machine
+    checks = machine.machine_checks
+    if machine.record is None:
+        found = RecordedMachine(
+            *(folder, machine.arch.name, ()),
+            capture_release=os.uname().release,
+            page_size=machine.page_size,
+            # what a search has found, the search through the record finds
+            vmcoreinfo_paddr=machine.vmcoreinfo_paddr,
+            seen_from=CAPTURE_KERNEL,
+        )
+    else:
+        found = machine.record._replace(path=folder, root=ROOT)
+    return found._replace(
+        phdr_note_align=machine.phdr_note_align,
+        own_vmcoreinfo=machine.own_vmcoreinfo,
+        machine_checks=None if checks is None else tuple((r.start, r.end) for r in checks),
+    )
+
+
+def _refuse(dump: Dump) -> None:
+    machine = dump.machine
+    if machine.header_is_the_kernels or machine.arch.kernel_builds_header:
+        raise Error(f"on {machine.arch.name} nothing needs recording: an image of all RAM is enough (--image)")
+    if machine.live:
+        unknown = [d.name for d in machine.devices if d.bitmap is None] or [name for name, _ in machine.unlocated]
+        if unknown:
+            raise Error(f"the plug state of {', '.join(unknown)} is not known: a record of it would be wrong")
+
+
+def _devices(dump: Dump) -> list[VirtioMemState]:
+    """The devices, without images; of a recorded machine as they are there."""
+    machine = dump.machine
+    if machine.record is not None:
+        return list(machine.record.virtio_mem)
+    return [
         VirtioMemState(
             d.region.start,
             d.region.size,
             *(d.usable, d.block_size, d.plugged_size, d.requested_size, d.node_id),
             tuple(((r.start - d.region.start) // d.block_size, r.size // d.block_size) for r in d.plugged),
-            f"vm{i}.raw",
+            name=d.name,
         )
-        for i, d in enumerate(machine.devices)
+        for d in machine.devices
     ]
-    save(
-        folder,
-        RecordedMachine(
-            folder,
-            machine.arch.name,
-            tuple(ram),
-            tuple(virtio),
-            capture_release=os.uname().release,
-            page_size=machine.page_size,
-            phdr_note_align=machine.phdr_note_align,
-            vmcoreinfo_paddr=info.paddr if info else None,
-        ),
-    )
-    lines = [f"{files} files of /sys and /proc and {folder}/machine.json written"]
-    lines += [f"put the RAM at {r.paddr:#x}+{r.size:#x} into {r.image} at offset {r.offset:#x}" for r in ram]
-    lines += [f"put the virtio-mem region at {v.addr:#x}+{v.region_size:#x} into {v.image}" for v in virtio]
-    return lines
+
+
+def _files(dump: Dump, folder: str, seen: Seen) -> int:
+    """Write root/ and the kernel's own header into it; returns how many files of /sys and /proc were written."""
+    machine = dump.machine
+    root = os.path.join(folder, ROOT)
+    files = record_files.write(root, machine.root, seen)
+    if machine.core_header is not None:
+        os.makedirs(os.path.join(root, "proc"), exist_ok=True)
+        with open(root + PROC_VMCORE, "wb") as file:
+            file.write(machine.core_header_bytes())
+    return files
+
+
+@contextlib.contextmanager
+def _whole(folder: str) -> Iterator[None]:
+    """Fill *folder*, or leave it as it was. machine.json has to be what is written last: whenever this process ends,
+    there is a whole record or none that loads. Raises Error."""
+    made = False
+    try:
+        try:
+            os.makedirs(folder, 0o700)  # it may hold memory
+            made = True
+        except FileExistsError:
+            there = sorted(set(os.listdir(folder)) - {"lost+found"})
+            if there:
+                raise Error(f"{folder}: is not empty ({there[0]}): a record needs a folder of its own") from None
+        try:
+            yield
+        except BaseException:
+            with contextlib.suppress(OSError):
+                _empty(folder)
+                if made:
+                    os.rmdir(folder)
+            raise
+    except OSError as e:
+        raise Error(f"{e.filename or folder}: {e.strerror}") from None
+
+
+def _empty(folder: str) -> None:
+    for path, folders, files in os.walk(folder, topdown=False):
+        for name in files:
+            os.unlink(os.path.join(path, name))
+        for name in folders:
+            if name != "lost+found":
+                os.rmdir(os.path.join(path, name))

@@ -11,12 +11,12 @@ import json
 import os
 import stat
 from itertools import pairwise
-from typing import Any, NamedTuple, NoReturn
+from typing import NamedTuple
 
 from guard import whole_file
-from guard.errors import SourceError
 from guard.virtio_mem import MAX_BLOCKS
 
+from .json_file import U64, Object, error, found, read
 from .sources.report import one_line, shown
 
 FORMAT = 1
@@ -25,24 +25,37 @@ FILE = "machine.json"
 PAGE_SIZES = {"aarch64": (4096, 16384, 65536), "s390x": (4096,), "x86_64": (4096,)}
 """Known machines, and the sizes in bytes that a page of their kernels can have."""
 
-_U64 = (1 << 64) - 1
 _MAX_JSON = 16 << 20
 
 
+HOST, CAPTURE_KERNEL = "host", "capture kernel"
+"""Who saw the memory that the images show. A host has all the RAM there is; a capture kernel what firmware told it of,
+so that its images are no witness to what was RAM."""
+
+Runs = tuple[tuple[int, int], ...]
+"""Ascending, disjoint (first, count)."""
+
+
 class RamImage(NamedTuple):
-    """*size* bytes of boot RAM at physical address *paddr*, held by *image* from byte *offset* on."""
+    """*size* bytes of boot RAM at physical address *paddr*, held by *image* from byte *offset* on.
+
+    With *held*, runs of pages from *paddr* on, *image* has these pages alone, back to back; what the others held was
+    not recorded."""
 
     image: str
     offset: int
     paddr: int
     size: int
+    held: Runs | None = None
 
 
 class VirtioMemState(NamedTuple):
     """A virtio-mem device as its configuration space told it (virtio specification, section "Memory Device"; all in
     bytes, *addr* physical), and its plug bitmap as ascending runs of (first block, number of blocks).
 
-    *image* holds the region from byte *offset* on; None if the memory itself was not recorded."""
+    *image* holds the region from byte *offset* on, of it the pages *held* alone if there are any such; None if the
+    memory itself was not recorded. *shown* are the pages that any source showed where it was recorded; None: all.
+    *name* is what the device was called there."""
 
     addr: int
     region_size: int
@@ -51,17 +64,22 @@ class VirtioMemState(NamedTuple):
     plugged_size: int
     requested_size: int
     node_id: int
-    plugged: tuple[tuple[int, int], ...]
+    plugged: Runs
     image: str | None = None
     offset: int = 0
+    held: Runs | None = None
+    shown: Runs | None = None
+    name: str | None = None
 
 
 class RecordedMachine(NamedTuple):
     """A machine recorded in the folder *path*. Images and *root* are as written in machine.json: see :meth:`resolve`.
 
     *virtio_mem* is in the order in which the devices were probed. *phdr_note_align* is the p_align that the capture
-    kernel gave its merged PT_NOTE, *vmcoreinfo_paddr* the physical address of the crashed kernel's VMCOREINFO note;
-    None: not recorded. *notes* are lines worth telling the user about, and are not saved."""
+    kernel gave its merged PT_NOTE, *vmcoreinfo_paddr* the physical address of the crashed kernel's VMCOREINFO note,
+    *own_vmcoreinfo* that of the capture kernel's; None: not recorded. *machine_checks* are the ranges of physical bytes
+    that the crashed kernel's log named in fatal machine checks; None: the log is to be asked. *seen_from* is HOST or
+    CAPTURE_KERNEL. *notes* are lines worth telling the user about, and are not saved."""
 
     path: str
     arch: str
@@ -72,6 +90,9 @@ class RecordedMachine(NamedTuple):
     page_size: int = 4096
     phdr_note_align: int | None = None
     vmcoreinfo_paddr: int | None = None
+    own_vmcoreinfo: int | None = None
+    machine_checks: Runs | None = None
+    seen_from: str = HOST
     notes: tuple[str, ...] = ()
 
     def resolve(self, name: str) -> str:
@@ -89,7 +110,7 @@ def load(folder: str) -> RecordedMachine:
 
     Raises SourceError: one line with the file, the place in it, what was expected and what was found."""
     file = os.path.join(folder, FILE)
-    machine = from_document(_read_json(file), folder)
+    machine = from_document(read(file, _MAX_JSON), folder)
     images = _images(machine)
     sizes: dict[str, int] = {}
     outside: dict[str, str] = {}
@@ -101,7 +122,7 @@ def load(folder: str) -> RecordedMachine:
             if not os.path.realpath(path).startswith(inside):
                 outside[name] = place
         if sizes[name] < expected:
-            raise _error(f"{file}: {place}: {path} has {sizes[name]} bytes, expected at least {expected}")
+            raise error(f"{file}: {place}: {path} has {sizes[name]} bytes, expected at least {expected}")
     if not os.path.realpath(machine.root_path).startswith(inside):
         outside[machine.root] = "root"
     notes = [one_line(f"{file}: {place}: {name} is outside the folder") for name, place in outside.items()]
@@ -120,10 +141,10 @@ def of_image(path: str) -> RecordedMachine:
         with open(path, "rb") as image:
             image.seek(s390x_capture.MAGIC_AT)
             found = image.read(len(s390x_capture.MAGIC))
-    except OSError as error:
-        raise _error(f"{path}: {error.strerror}") from None
+    except OSError as e:
+        raise error(f"{path}: {e.strerror}") from None
     if why := s390x_capture.not_s390x(found):
-        raise _error(f"{path}: not the memory of an s390x machine ({why}); of others a machine.json must tell more")
+        raise error(f"{path}: not the memory of an s390x machine ({why}); of others a machine.json must tell more")
     folder, name = os.path.split(os.path.abspath(path))
     return RecordedMachine(folder, "s390x", (RamImage(name, 0, 0, size),), root=f"{name}.root")
 
@@ -137,14 +158,14 @@ def save(folder: str, machine: RecordedMachine) -> None:
     file = os.path.join(folder, FILE)
     try:
         whole_file.replace(file, text.encode("ascii") + b"\n")
-    except OSError as error:
-        raise _error(f"{file}: cannot be written: {error.strerror}") from None
+    except OSError as e:
+        raise error(f"{file}: cannot be written: {e.strerror}") from None
 
 
 def from_document(document: object, folder: str) -> RecordedMachine:
     """The machine that a parsed machine.json describes; no image is looked at. Raises SourceError as load()."""
     file = os.path.join(folder, FILE)
-    top = _Object(file, "", document)
+    top = Object(file, "", document)
     version = top.integer("format")
     if version != FORMAT:
         top.fail("format", f"{version} is not known, expected {FORMAT}")
@@ -158,11 +179,14 @@ def from_document(document: object, folder: str) -> RecordedMachine:
     align = top.integer("phdr_note_align") if top.has("phdr_note_align") else None
     if align not in (None, 0, 4):
         top.fail("phdr_note_align", f"{align} is not possible, expected 0 or 4")
-    ram = tuple(_ram(item) for item in top.objects("ram"))
+    ram = tuple(_ram(item, page_size) for item in top.objects("ram"))
     if not ram:
         top.fail("ram", "is empty, expected at least one range")
     virtio_mem = tuple(_virtio_mem(item, page_size) for item in top.objects("virtio_mem", required=False))
     _check_overlaps(file, ram, virtio_mem)
+    seen_from = top.text("seen_from", HOST)
+    if seen_from not in (HOST, CAPTURE_KERNEL):
+        top.fail("seen_from", f'{shown(seen_from)} is not known, expected "{HOST}" or "{CAPTURE_KERNEL}"')
     return RecordedMachine(
         path=folder,
         arch=arch,
@@ -173,98 +197,26 @@ def from_document(document: object, folder: str) -> RecordedMachine:
         page_size=page_size,
         phdr_note_align=align,
         vmcoreinfo_paddr=top.integer("vmcoreinfo_paddr") if top.has("vmcoreinfo_paddr") else None,
+        own_vmcoreinfo=top.integer("own_vmcoreinfo") if top.has("own_vmcoreinfo") else None,
+        machine_checks=_spans(top, "machine_checks"),
+        seen_from=seen_from,
     )
 
 
-class _Object:
-    """A JSON object being checked. Knows its place in the file, so that every complaint can name it."""
-
-    __slots__ = ("_file", "_items", "_path")
-
-    def __init__(self, file: str, path: str, value: object) -> None:
-        self._file = file
-        self._path = path
-        if not isinstance(value, dict):
-            raise _error(f"{file}: {path or 'top level'}: {_found(value)} found, expected an object")
-        self._items: dict[str, Any] = value
-
-    def place(self, key: str) -> str:
-        return f"{self._path}.{key}" if self._path else key
-
-    def fail(self, key: str, why: str) -> NoReturn:
-        raise _error(f"{self._file}: {self.place(key)}: {why}")
-
-    def has(self, key: str) -> bool:
-        """True if *key* is there and not null."""
-        return self._items.get(key) is not None
-
-    def _get(self, key: str) -> Any:
-        if key not in self._items:
-            self.fail(key, "is missing")
-        return self._items[key]
-
-    def integer(self, key: str, default: int | None = None, high: int = _U64) -> int:
-        value = default if default is not None and key not in self._items else self._get(key)
-        return self.checked_integer(key, value, high)
-
-    def checked_integer(self, place: str, value: object, high: int = _U64) -> int:
-        if not isinstance(value, int) or isinstance(value, bool):
-            self.fail(place, f"{_found(value)} found, expected an integer")
-        if not 0 <= value <= high:
-            # str() of a number of thousands of digits may raise, hex() does not.
-            self.fail(place, f"{shown(hex(value))} is out of range, expected 0 to {high:#x}")
-        return value
-
-    def text(self, key: str, default: str | None = None) -> str:
-        """A non-empty string that can be a path."""
-        value = default if default is not None and key not in self._items else self._get(key)
-        if not isinstance(value, str):
-            self.fail(key, f"{_found(value)} found, expected a string")
-        try:
-            os.fsencode(value)
-        except UnicodeEncodeError:
-            value = ""
-        if not value or "\0" in value:
-            self.fail(key, "this string can be no file name: it is empty, or has NUL or lone surrogates in it")
-        return value
-
-    def array(self, key: str) -> list[Any]:
-        value = self._get(key)
-        if not isinstance(value, list):
-            self.fail(key, f"{_found(value)} found, expected an array")
-        return value
-
-    def objects(self, key: str, required: bool = True) -> list[_Object]:
-        items = self.array(key) if required or key in self._items else []
-        return [_Object(self._file, f"{self.place(key)}[{i}]", item) for i, item in enumerate(items)]
-
-
-def _error(line: str) -> SourceError:
-    return SourceError(one_line(line))
-
-
-def _found(value: object) -> str:
-    """What *value* is, in the words of JSON."""
-    if isinstance(value, str):
-        return f"string {shown(value)}"
-    if value is None or isinstance(value, bool | float):
-        return json.dumps(value)
-    return "an array" if isinstance(value, list) else "an object" if isinstance(value, dict) else "a number"
-
-
-def _ram(item: _Object) -> RamImage:
+def _ram(item: Object, page_size: int) -> RamImage:
     image = item.text("image")
     offset = item.integer("offset", 0)
     paddr = item.integer("paddr")
     size = item.integer("size")
     if size == 0:
         item.fail("size", "0 found, expected at least one byte")
-    if paddr + size - 1 > _U64:
+    if paddr + size - 1 > U64:
         item.fail("size", f"{size} bytes from paddr {paddr:#x} on leave the 64-bit address space")
-    return RamImage(image, offset, paddr, size)
+    held = _pages(item, "held", paddr, size, page_size)
+    return RamImage(image, offset, paddr, size, held)
 
 
-def _virtio_mem(item: _Object, page_size: int) -> VirtioMemState:
+def _virtio_mem(item: Object, page_size: int) -> VirtioMemState:
     block_size = item.integer("block_size")
     if block_size == 0 or block_size & (block_size - 1):
         item.fail("block_size", f"{block_size} is not a power of two")
@@ -281,7 +233,7 @@ def _virtio_mem(item: _Object, page_size: int) -> VirtioMemState:
     region_size = multiple("region_size")
     if region_size == 0:
         item.fail("region_size", "0 found, expected at least one block")
-    if addr + region_size - 1 > _U64:
+    if addr + region_size - 1 > U64:
         item.fail("region_size", f"{region_size} bytes from addr {addr:#x} on leave the 64-bit address space")
     usable = multiple("usable_region_size")
     if usable > region_size:
@@ -291,7 +243,9 @@ def _virtio_mem(item: _Object, page_size: int) -> VirtioMemState:
         item.fail("requested_size", f"{requested} is larger than region_size {region_size}")
     if usable // block_size > MAX_BLOCKS:
         item.fail("usable_region_size", f"{usable} is more than {MAX_BLOCKS} blocks of {block_size} bytes")
-    plugged = _runs(item, usable // block_size)
+    blocks = usable // block_size
+    limit = f"usable_region_size has only {blocks} blocks"
+    plugged = _runs(item, "plugged", "block", blocks, limit)
     plugged_size = item.integer("plugged_size")
     blocks = sum(count for _, count in plugged)
     if plugged_size != blocks * block_size:
@@ -310,28 +264,58 @@ def _virtio_mem(item: _Object, page_size: int) -> VirtioMemState:
         plugged=plugged,
         image=item.text("image") if item.has("image") else None,
         offset=item.integer("offset", 0),
+        held=_pages(item, "held", addr, region_size, page_size),
+        shown=_pages(item, "shown", addr, region_size, page_size),
+        name=item.text("name") if item.has("name") else None,
     )
 
 
-def _runs(item: _Object, blocks: int) -> tuple[tuple[int, int], ...]:
-    """The runs of *plugged*, all within the first *blocks* blocks of the region: those that are usable."""
+def _pages(item: Object, key: str, start: int, size: int, page_size: int) -> Runs | None:
+    """The runs of pages *key* of a range of memory, None where there are none such."""
+    if not item.has(key):
+        return None
+    if start % page_size:
+        item.fail(key, f"the range starts at {start:#x}, not with a page of {page_size} bytes")
+    pages = size // page_size
+    return _runs(item, key, "page", pages, f"the range has only {pages} pages")
+
+
+def _runs(item: Object, key: str, unit: str, most: int, limit: str) -> Runs:
+    """The runs *key* of what is counted in *unit*, all within the first *most*, which *limit* tells."""
     runs: list[tuple[int, int]] = []
     free = 0
-    for i, run in enumerate(item.array("plugged")):
-        place = f"plugged[{i}]"
+    for i, run in enumerate(item.array(key)):
+        place = f"{key}[{i}]"
         if not isinstance(run, list) or len(run) != 2:
-            item.fail(place, f"{_found(run)} found, expected an array [first block, number of blocks]")
+            item.fail(place, f"{found(run)} found, expected an array [first {unit}, number of {unit}s]")
         first = item.checked_integer(f"{place}[0]", run[0])
         count = item.checked_integer(f"{place}[1]", run[1])
         if count == 0:
-            item.fail(f"{place}[1]", "0 found, expected at least one block")
+            item.fail(f"{place}[1]", f"0 found, expected at least one {unit}")
         if first < free:
-            item.fail(place, f"starts at block {first}, expected {free} or more: runs ascend and do not overlap")
-        if first + count > blocks:
-            item.fail(place, f"ends with block {first + count - 1}, but usable_region_size has only {blocks} blocks")
+            item.fail(place, f"starts at {unit} {first}, expected {free} or more: runs ascend and do not overlap")
+        if first + count > most:
+            item.fail(place, f"ends with {unit} {first + count - 1}, but {limit}")
         free = first + count
         runs.append((first, count))
     return tuple(runs)
+
+
+def _spans(item: Object, key: str) -> Runs | None:
+    """The half-open ranges [start, end) of physical bytes *key*; None where there is no such key."""
+    if not item.has(key):
+        return None
+    spans: list[tuple[int, int]] = []
+    for i, span in enumerate(item.array(key)):
+        place = f"{key}[{i}]"
+        if not isinstance(span, list) or len(span) != 2:
+            item.fail(place, f"{found(span)} found, expected an array [start, end]")
+        start = item.checked_integer(f"{place}[0]", span[0])
+        end = item.checked_integer(f"{place}[1]", span[1], U64 + 1)
+        if end <= start:
+            item.fail(place, f"ends at {end:#x}, expected more than its start {start:#x}")
+        spans.append((start, end))
+    return tuple(spans)
 
 
 def _check_overlaps(file: str, ram: tuple[RamImage, ...], virtio_mem: tuple[VirtioMemState, ...]) -> None:
@@ -341,15 +325,20 @@ def _check_overlaps(file: str, ram: tuple[RamImage, ...], virtio_mem: tuple[Virt
     # As long as none overlaps, each ends before the next starts, so neighbours are all there is to compare.
     for (start, end, name), (start2, end2, name2) in pairwise(spans):
         if start2 < end:
-            raise _error(f"{file}: {name2}: {start2:#x}-{end2 - 1:#x} overlaps {name}: {start:#x}-{end - 1:#x}")
+            raise error(f"{file}: {name2}: {start2:#x}-{end2 - 1:#x} overlaps {name}: {start:#x}-{end - 1:#x}")
 
 
 def _images(machine: RecordedMachine) -> list[tuple[str, str, int]]:
     """(place in machine.json, image, bytes it must have) for each image."""
-    images = [(f"ram[{i}].image", r.image, r.offset + r.size) for i, r in enumerate(machine.ram)]
+    page = machine.page_size
+
+    def end(offset: int, size: int, held: Runs | None) -> int:
+        return offset + (size if held is None else page * sum(count for _, count in held))
+
+    images = [(f"ram[{i}].image", r.image, end(r.offset, r.size, r.held)) for i, r in enumerate(machine.ram)]
     for i, v in enumerate(machine.virtio_mem):
         if v.image is not None:
-            images.append((f"virtio_mem[{i}].image", v.image, v.offset + v.region_size))
+            images.append((f"virtio_mem[{i}].image", v.image, end(v.offset, v.region_size, v.held)))
     return images
 
 
@@ -358,47 +347,24 @@ def _image_size(what: str, path: str) -> int:
     try:
         mode = os.stat(path).st_mode
         if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
-            raise _error(f"{what} is neither a regular file nor a block device")
+            raise error(f"{what} is neither a regular file nor a block device")
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         try:
             # A block device states no size in stat().
             return os.lseek(fd, 0, os.SEEK_END)
         finally:
             os.close(fd)
-    except OSError as error:
-        raise _error(f"{what}: {error.strerror}") from None
-
-
-def _read_json(file: str) -> object:
-    try:
-        status = os.stat(file)
-        if not stat.S_ISREG(status.st_mode):
-            raise _error(f"{file}: is not a regular file")
-        if status.st_size > _MAX_JSON:
-            raise _error(f"{file}: has {status.st_size} bytes, expected at most {_MAX_JSON}")
-        with open(file, "rb") as stream:
-            data = stream.read(_MAX_JSON)
-    except OSError as error:
-        raise _error(f"{file}: {error.strerror}") from None
-    try:
-        return json.loads(data.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        column = error.start - data.rfind(b"\n", 0, error.start)
-        raise _error(f"{file}:{line}:{column}: byte is not UTF-8") from None
-    except json.JSONDecodeError as error:
-        raise _error(f"{file}:{error.lineno}:{error.colno}: not JSON: {error.msg}") from None
-    except ValueError:
-        raise _error(f"{file}: holds a number of more digits than Python converts") from None
-    except RecursionError:
-        raise _error(f"{file}: is nested too deeply") from None
+    except OSError as e:
+        raise error(f"{what}: {e.strerror}") from None
 
 
 def _document(machine: RecordedMachine) -> dict[str, object]:
     """What machine.json holds for *machine*: plain values first, nothing that is None."""
     values: dict[str, object] = {"format": FORMAT, **machine._asdict()}
     del values["path"], values["notes"], values["ram"], values["virtio_mem"]
-    values["ram"] = [ram._asdict() for ram in machine.ram]
+    if machine.seen_from == HOST:
+        del values["seen_from"]
+    values["ram"] = [_present(ram._asdict()) for ram in machine.ram]
     values["virtio_mem"] = [_present(device._asdict()) for device in machine.virtio_mem]
     return _present(values)
 

@@ -112,7 +112,7 @@ class Plan:
                     f"{s.name}: memory at {s.paddr:#x} is at offset {s.offset:#x}, not at a whole page: it cannot be "
                     "mapped; use oldmem mount or save"
                 )
-            c.paddr, c.size, c.offset, c.fd = s.paddr, s.size, s.offset, s.fd
+            c.paddr, c.size, c.offset, c.fd, c.how = s.paddr, s.size, s.offset, s.fd, s.how
         plan = ffi.new("struct plan *")
         plan.layout, plan.pid = ffi.sizeof("struct plan"), os.getpid()
         plan.plan_fd, plan.tally_fd, plan.shape_fd = self.fd, tally, shape

@@ -104,7 +104,8 @@ class X86_64(Arch):
             self.search_time,
             self.vmlinux is None,
         )
-        self.info, dead = note_search.find(dump.exact, self.notes, boot, wanted, dump.problems)
+        search = note_search.Place(dump.exact.untracked(), boot & dump.memory.recorded)
+        self.info, dead = note_search.find(dump.exact, self.notes, boot, wanted, dump.problems, search)
         if self.vmlinux:
             from guard.witness import made_note
 

@@ -5,7 +5,6 @@ feature each is a look for a file that is not there, and the module behind it is
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING
 
 from capture.memory_map import WHOLE
@@ -32,6 +31,9 @@ _SYSTAB, _SYSTAB_HIGH, _EFI_INFO_END = 4, 24, 32
 
 HYPERVISOR = "sys/hypervisor"
 
+FIRMWARE = "firmware"
+"""Who reads memory that is firmware's, in guard.physmem.Touched."""
+
 
 def install(dump: Dump) -> None:
     """Register what there is. Raises Error where going on would touch unaccepted memory."""
@@ -41,7 +43,7 @@ def install(dump: Dump) -> None:
 
 
 def _gart(machine: Machine) -> Rule | None:
-    if not os.path.exists(files.under(machine.root, f"{PCI}/{NORTHBRIDGE}")):
+    if not files.is_folder(machine.root, f"{PCI}/{NORTHBRIDGE}"):
         return None
     from guard.rules import gart
 
@@ -68,9 +70,12 @@ class _Firmware:
         except SourceError as e:
             raise ReadError(str(e), paddr) from None
         try:
-            return memory.read_exact(paddr, size)
+            data = memory.read_exact(paddr, size)
         finally:
             memory.close()
+        if self._machine.touched is not None:  # of what was allowed only: no record may widen that
+            self._machine.touched.add(paddr, size, FIRMWARE)
+        return data
 
 
 def _efi(root: str) -> tuple[int, int] | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import errno
 import os
+from bisect import bisect_right
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 PREAD: int = lib.PHYSMEM_PREAD
 MMAP: int = lib.PHYSMEM_MMAP
+ABSENT: int = lib.PHYSMEM_ABSENT
 
 # 256 KiB of page tables for each window of /dev/mem, 4 MiB for all of them, whatever the machine's size
 WINDOW_SIZE = 128 << 20
@@ -26,13 +28,14 @@ MAX_END, MAX_FILE_SIZE = 1 << 64, 1 << 63
 
 
 class Segment(NamedTuple):
-    """A file's view of [paddr, paddr + size): whole pages, found at *offset* bytes of *fd*."""
+    """A file's view of [paddr, paddr + size): whole pages, found at *offset* bytes of *fd*. Of ABSENT ones, memory that
+    is known to have been there and was not recorded, neither counts, and every read fails."""
 
     paddr: int
     size: int
     fd: int
     offset: int
-    how: int  # PREAD or MMAP
+    how: int  # PREAD, MMAP or ABSENT
     name: str  # for messages
 
     @property
@@ -41,6 +44,8 @@ class Segment(NamedTuple):
 
     def part(self, piece: Range) -> Segment:
         """The part that shows *piece*, which lies inside."""
+        if self.how == ABSENT:
+            return self._replace(paddr=piece.start, size=piece.size)
         return self._replace(paddr=piece.start, size=piece.size, offset=self.offset + piece.start - self.paddr)
 
 
@@ -51,7 +56,13 @@ class Fault(NamedTuple):
     errno: int
 
 
+def absent(paddr: int, size: int, name: str) -> Segment:
+    """Memory of which there is nothing but that it was there; *name* is what messages call the record of it."""
+    return Segment(paddr, size, -1, 0, ABSENT, name)
+
+
 def covered(segments: Iterable[Segment]) -> RangeSet:
+    """What some segment speaks for, the absent ones too."""
     return RangeSet((s.paddr, s.end) for s in segments)
 
 
@@ -112,8 +123,13 @@ class OldMemory:
 
     @property
     def covered(self) -> RangeSet:
-        """What some segment shows, refused or not."""
+        """What some segment speaks for, refused or not, recorded or absent."""
         return covered(self.segments)
+
+    @property
+    def recorded(self) -> RangeSet:
+        """Of that, what some file has: all of it, but for a record of the touched pages alone."""
+        return covered(s for s in self.segments if s.how != ABSENT)
 
     def read(self, paddr: int, size: int) -> bytes:
         """*size* bytes from physical address *paddr* on; refused and unreadable pages are zeros."""
@@ -128,10 +144,17 @@ class OldMemory:
         if err := lib.physmem_read_exact(self.c, paddr, buffer, size, bad):
             at = int(bad[0])
             rule = self.registry.refuser(at // self.registry.page_size)
-            absent = "no source shows it" if err == -errno.ENXIO else os.strerror(-err)
-            why = f"refused by {rule.name}" if rule else absent
+            why = f"refused by {rule.name}" if rule else self._why(at, -err)
             raise ReadError(f"old memory at {at:#x}: {why}", at)
         return bytes(ffi.buffer(buffer, size))
+
+    def _why(self, paddr: int, error: int) -> str:
+        if error == errno.ENXIO:
+            return "no source shows it"
+        at = bisect_right(self.segments, paddr, key=lambda s: s.paddr) - 1
+        if error == errno.ENODATA and at >= 0 and self.segments[at].how == ABSENT:
+            return "not recorded"
+        return os.strerror(error)
 
     def faults(self) -> list[Fault]:
         """The pages that could not be read so far, ascending; of very many (MAX_FAULTS runs) only the first seen."""
@@ -165,13 +188,73 @@ class OldMemory:
         lib.physmem_unmap(self.c)
 
 
+LOG = "log"
+"""The tag of who reads the dead kernel's printk log: what a log says is for people to give away."""
+
+
+class Touched:
+    """Which pages exact reads have asked for, by who asked: ready for a record of those alone.
+
+    A *tag* names who; "" is the witness at large. Pages count as touched whether or not they could be read, for a
+    replay has to fail at the same one."""
+
+    __slots__ = ("_most", "_page_size", "_runs")
+
+    def __init__(self, page_size: int) -> None:
+        self._page_size = page_size
+        self._runs: dict[str, list[tuple[int, int]]] = {}
+        self._most = 1 << 12
+
+    def add(self, paddr: int, size: int, tag: str = "") -> None:
+        """*size* bytes from physical address *paddr* on were asked for."""
+        if size <= 0:
+            return
+        mask = self._page_size - 1
+        start, end = paddr & ~mask, (paddr + size + mask) & ~mask
+        runs = self._runs.setdefault(tag, [])
+        if runs and runs[-1][0] <= start <= runs[-1][1]:
+            runs[-1] = (runs[-1][0], max(end, runs[-1][1]))
+            return
+        runs.append((start, end))
+        if len(runs) > self._most:
+            self._runs[tag] = list(RangeSet(runs))
+            self._most = max(self._most, 2 * len(self._runs[tag]))
+
+    def tags(self) -> list[str]:
+        """Who has asked for anything."""
+        return list(self._runs)
+
+    def pages(self, *tags: str) -> RangeSet:
+        """What any of *tags* asked for, in whole pages (physical bytes)."""
+        return RangeSet(run for tag in tags for run in self._runs.get(tag, ()))
+
+
 class ExactMemory:
-    """Old memory as the witness reads it: every byte real, or ReadError."""
+    """Old memory as the witness reads it: every byte real, or ReadError.
 
-    __slots__ = ("_memory",)
+    With *touched*, each page that is asked for is noted there under *tag*. A search through all of memory must go
+    through :meth:`untracked`, and :meth:`touch` what it finds."""
 
-    def __init__(self, memory: OldMemory) -> None:
+    __slots__ = ("_memory", "_tag", "_touched")
+
+    def __init__(self, memory: OldMemory, touched: Touched | None = None, tag: str = "") -> None:
         self._memory = memory
+        self._touched = touched
+        self._tag = tag
 
     def read(self, paddr: int, size: int) -> bytes:
+        self.touch(paddr, size)
         return self._memory.read_exact(paddr, size)
+
+    def touch(self, paddr: int, size: int) -> None:
+        """Note as read what was read already, through :meth:`untracked`."""
+        if self._touched is not None:
+            self._touched.add(paddr, size, self._tag)
+
+    def tagged(self, tag: str) -> ExactMemory:
+        """The same memory for a reader called *tag*."""
+        return ExactMemory(self._memory, self._touched, tag)
+
+    def untracked(self) -> ExactMemory:
+        """The same memory for a search, which touches everything and means nothing by it."""
+        return ExactMemory(self._memory)

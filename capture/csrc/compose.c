@@ -279,6 +279,13 @@ static int lay_ram(struct laying *l, uint64_t paddr, uint8_t *to, uint64_t *n)
 			done += piece;
 			continue;
 		}
+		if (s->how == PHYSMEM_ABSENT) {
+			if (piece > s->size - (paddr + done - s->paddr))
+				piece = s->size - (paddr + done - s->paddr);
+			log_fault(l->c, paddr + done, piece, ENODATA);
+			done += piece;
+			continue;
+		}
 		if (!l->pieces) {
 			*n = done;
 			return 0;
@@ -390,7 +397,7 @@ static bool lay_whole(struct laying *l, void **at, uint64_t offset, uint64_t n, 
 	end = (paddr + n) >> plan->page_shift;
 	i = segment_at(l->c, paddr);
 	s += i;
-	if (i == plan->n_segments || s->paddr > paddr || n > s->size - (paddr - s->paddr) ||
+	if (i == plan->n_segments || s->paddr > paddr || n > s->size - (paddr - s->paddr) || s->how == PHYSMEM_ABSENT ||
 	    gate_run(&l->c->gate, first, end, &refuser) < end || refuser >= 0)
 		return false;
 	map = map_at(l, *at, n, fixed, s->fd, s->offset + (paddr - s->paddr));

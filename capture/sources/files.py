@@ -16,6 +16,15 @@ MAX_TABLE = 1 << 20
 
 _MAX_ENTRIES = 1 << 17
 
+seen: dict[str, bytes | None] | None = None
+"""Where not None, all that was asked for and there: the bytes of each file by its name below the root, None for a
+folder. Set before anything is read, it holds just what a record needs to give the same answers."""
+
+
+def _saw(relative: str, data: bytes | None) -> None:
+    if seen is not None:
+        seen[relative] = data
+
 
 def under(root: str, relative: str) -> str:
     """The path to show and to open for *relative* (never starting with a slash) below *root*."""
@@ -45,6 +54,8 @@ def read_file(root: str, relative: str, limit: int, problems: Problems) -> bytes
     except OSError as error:
         _refused(path, "read", error, problems)
         return None
+    if data is not None:
+        _saw(relative, data)
     if data is None or len(data) > limit:
         size = f"{status.st_size} bytes" if data is None else f"more than {limit} bytes"
         problems.add(f"{path}: has {size}, expected at most {limit}; ignored")
@@ -82,9 +93,12 @@ def read_line(root: str, relative: str, problems: Problems) -> str | None:
 def is_folder(root: str, relative: str) -> bool:
     """True if *relative* is a folder below *root*."""
     try:
-        return os.path.isdir(resolve(root, relative))
+        there = os.path.isdir(resolve(root, relative))
     except OSError:
         return False
+    if there:
+        _saw(relative, None)
+    return there
 
 
 def numbered(root: str, relative: str, prefix: str, problems: Problems) -> list[int] | None:
@@ -93,6 +107,7 @@ def numbered(root: str, relative: str, prefix: str, problems: Problems) -> list[
     found: list[int] = []
     try:
         with os.scandir(resolve(root, relative)) as entries:
+            _saw(relative, None)
             for entry in entries:
                 number = decimal(entry.name[len(prefix) :]) if entry.name.startswith(prefix) else None
                 if number is None:
@@ -101,6 +116,8 @@ def numbered(root: str, relative: str, prefix: str, problems: Problems) -> list[
                     problems.add(f"{path}: has more than {_MAX_ENTRIES} entries {prefix}N; the rest is ignored")
                     break
                 found.append(number)
+                if seen is not None and entry.is_dir():
+                    _saw(f"{relative}/{entry.name}", None)
     except OSError as error:
         _refused(path, "listed", error, problems)
         return None

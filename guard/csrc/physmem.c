@@ -222,14 +222,15 @@ static int copy_ram(struct physmem *m, uint64_t paddr, uint8_t *to, size_t n, bo
 		uint64_t left;
 		const struct physmem_segment *s = segment_at(m, paddr, &left);
 		size_t piece = left < n ? (size_t)left : n;
-		int err = -ENXIO;
+		bool in_file = s && s->how != PHYSMEM_ABSENT;
+		int err = s ? -ENODATA : -ENXIO;
 
-		if (s && !careful) {
+		if (in_file && !careful) {
 			err = copy_piece(m, s, paddr - s->paddr, to, &piece);
 			if (err)
 				careful = piece;
 		}
-		if (s && careful) {
+		if (in_file && careful) {
 			left = page - (paddr & (page - 1));
 			piece = left < piece ? (size_t)left : piece;
 			careful -= piece < careful ? piece : careful;

@@ -14,14 +14,18 @@
 
 #include "gate.h"
 
-enum { PHYSMEM_PREAD, PHYSMEM_MMAP };
+enum {
+	PHYSMEM_PREAD,
+	PHYSMEM_MMAP,
+	PHYSMEM_ABSENT,	/* memory that was there and no file has: a record of the touched pages alone; fd is not used */
+};
 enum { PHYSMEM_WINDOWS = 16 };
 
 struct physmem_segment {
 	uint64_t paddr, size;	/* bytes, whole pages */
 	uint64_t offset;	/* of paddr in the file */
 	int fd;
-	int how;		/* PHYSMEM_PREAD or PHYSMEM_MMAP */
+	int how;		/* PHYSMEM_PREAD, PHYSMEM_MMAP or PHYSMEM_ABSENT */
 };
 
 struct physmem_window {
@@ -33,7 +37,7 @@ struct physmem_window {
 
 struct physmem_fault {
 	uint64_t first, end;	/* pfns [first, end) that could not be read */
-	int error;		/* errno; ENXIO where no segment holds the page, EFAULT also for SIGBUS */
+	int error;		/* errno; ENXIO where no segment holds the page, ENODATA where it is absent, EFAULT also for SIGBUS */
 };
 
 struct physmem {

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import pytest
 
 from guard.witness.resources import EXCLUSIVE, SYSTEM_RAM
+from tests.image import field
 from tests.image.machines import BLOCK, DEVICE, RAM_TREE, RecordedKernel, oldmem
 
 
@@ -26,6 +27,13 @@ def image_machine(tmp_path_factory: pytest.TempPathFactory) -> Recorded:
     desc = kernel.finish_kernel()
     folder = kernel.write(tmp_path_factory.mktemp("machine"))
     return Recorded(folder, kernel.pages, desc)
+
+
+@pytest.fixture(scope="session")
+def field_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a real crash (tests/image/field), with the pages that map, header and guard touch. Not to be
+    changed: tests.image.field.Field makes copies that are."""
+    return field.unpack(tmp_path_factory.mktemp("field"))
 
 
 @pytest.fixture

@@ -128,7 +128,7 @@ def tree_with(*more: tuple[int, int, str, int, list[object]]) -> Callable[[Recor
 
 NO_WALK = [r"no page tables of the dead kernel: no CPU notes, no kernel text PT_LOAD, p_vaddr from 0xffff888000000000"]
 SEARCHED = r"VMCOREINFO note found by searching at 0x11000000 "
-NO_NOTE = r"no VMCOREINFO note in \d+ MiB of old memory, searched in [0-9.]+ s: no notes, no symbols"
+NO_NOTE = r"no VMCOREINFO note in \d+ MiB of old memory: no notes, no symbols"
 WITHOUT_SYMBOLS = [
     r"dead kernel's symbols not known, left out: (kallsyms|page walk|vmcoreinfo|old memory).*",
     *(rf"dead kernel's {what} not known, .*kallsyms has no .*" for what in ("iomem_resource", "page_offset_base")),

@@ -288,8 +288,7 @@ def test_vmcoreinfo_is_found_without_anybody_telling_where_it_is(tmp_path: Path,
     assert result.status == 0
     (line,) = result.warnings
     assert re.fullmatch(
-        r"VMCOREINFO note found by searching at 0x11000000 \(it proves itself\) in \d+ MiB of old memory, "
-        r"searched in [0-9.]+ s",
+        r"VMCOREINFO note found by searching at 0x11000000 \(it proves itself\)",
         line,
     )
     assert image_machine.desc in (tmp_path / "header").read_bytes()

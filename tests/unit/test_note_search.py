@@ -127,8 +127,7 @@ def test_told_address_whose_own_kernel_contradicts_it_is_searched_beyond() -> No
         "another one"
     )
     assert re.fullmatch(
-        r"VMCOREINFO note found by searching at 0x11000000 \(it proves itself\) in \d+ MiB of old memory, "
-        r"searched in [0-9.]+ s",
+        r"VMCOREINFO note found by searching at 0x11000000 \(it proves itself\)",
         problems[1],
     )
 
@@ -144,7 +143,7 @@ def test_without_proof_the_best_is_used_and_what_is_lacking_is_told() -> None:
     kernel = Kernel(tail=b"")
     found, (line,) = find(kernel, [], None, whole(kernel))
     assert (found.info and found.info.paddr) == NOTE_AT
-    assert "at 0x11000000 (not proven; starts a page, has no CRASHTIME=) in 32 MiB" in line
+    assert "at 0x11000000 (not proven; starts a page, has no CRASHTIME=)" in line
 
 
 def test_search_can_be_forbidden() -> None:
@@ -160,8 +159,7 @@ def test_end_of_the_time_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     found, (line,) = find(kernel, [], None, whole(kernel), seconds=1e-9)
     assert found.info is None
     assert re.fullmatch(
-        r"no VMCOREINFO note in 1 MiB of old memory, searched in [0-9.]+ s, where the time for it was over "
-        r"\(--search-time\); 32 MiB there are: no notes, no symbols",
+        r"no VMCOREINFO note in 1 of 32 MiB of old memory: the time for it was over \(--search-time\): no notes, no symbols",
         line,
     )
 
