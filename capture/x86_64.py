@@ -194,7 +194,10 @@ class X86_64(Arch):
     def _hear_marks(self, dump: Dump, dead: DeadKernel) -> None:
         """Pages that the dead kernel itself would not have touched: offline sections, marks in struct pages, the address
         of a fatal machine check. Each rule stands on its own evidence, whatever the resource tree says."""
-        rules = [machine_check.rule(dead.machine_checks() & dump.envelope.all, dump.registry.page_size)]
+        if self.machine.machine_checks is None:
+            self.machine.machine_checks = dead.machine_checks()
+        checks = self.machine.machine_checks & dump.envelope.all
+        rules = [machine_check.rule(checks, dump.registry.page_size)]
         known = dead.sections()
         marks = None
         if known:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import NamedTuple, TypeVar, cast
 
 from guard.errors import ReadError, WitnessError
+from guard.physmem import LOG, ExactMemory
 from guard.ranges import RangeSet
 from guard.witness import (
     crash_notes,
@@ -216,7 +217,9 @@ class DeadKernel:
         """The kernel's log; None where it cannot be had, and without a line where that kernel has another kind."""
         if self.info.symbol("prb") is None:
             return None
-        return self._once("log", lambda: Log(self.walk, self.info), None)
+        mem = self.walk.mem
+        tagged = mem.tagged(LOG) if isinstance(mem, ExactMemory) else mem
+        return self._once("log", lambda: Log(self.walk.through(tagged), self.info), None)
 
     def machine_checks(self) -> RangeSet:
         """Physical memory, in whole pages, that uncorrected machine checks named in the log."""

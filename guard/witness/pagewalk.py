@@ -52,6 +52,10 @@ class PageWalk:
         self._image_size = image_size
         self._tables: dict[int, bytes] = {}
 
+    def through(self, mem: Memory) -> PageWalk:
+        """The same address space, read through *mem*."""
+        return PageWalk(mem, self.root_paddr, self.levels, _ADDRESS & ~self._address_mask, self._phys_base, self._image_size)
+
     def translate(self, vaddr: int) -> int:
         """Physical address of virtual address *vaddr*."""
         return self._mapping(vaddr)[0]
