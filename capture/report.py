@@ -175,6 +175,7 @@ def guard_json(dump: Dump, most: int | None = None) -> dict[str, Any]:
             {"start": f.range.start, "end": f.range.end, "why": os.strerror(f.errno)} for f in memory.faults()
         ],
         "lost": _pairs(dump.lost(), most),
+        "late_dumps": dump.machine.late_dumps(),
         "devices": [device_json(d, most) for d in dump.machine.devices],
         "problems": list(dump.problems),
     }

@@ -15,9 +15,11 @@ from guard.registry import Registry
 
 if TYPE_CHECKING:
     from guard._core import CData
+    from guard.corefile import CoreFile
 
 PREAD: int = lib.PHYSMEM_PREAD
 MMAP: int = lib.PHYSMEM_MMAP
+CORE: int = lib.PHYSMEM_CORE
 
 # 256 KiB of page tables for each window of /dev/mem, 4 MiB for all of them, whatever the machine's size
 WINDOW_SIZE = 128 << 20
@@ -32,7 +34,7 @@ class Segment(NamedTuple):
     size: int
     fd: int
     offset: int
-    how: int  # PREAD or MMAP
+    how: int  # PREAD, MMAP, or CORE: of the CoreFile that the memory is read with, fd being its O_PATH descriptor
     name: str  # for messages
 
     @property
@@ -74,9 +76,11 @@ def only(segments: list[Segment], ranges: RangeSet) -> list[Segment]:
 
 
 class OldMemory:
-    """Guarded reads. Owns neither the registry nor the file descriptors; one object serves one thread at a time."""
+    """Guarded reads. Owns neither the registry nor the file descriptors; one object serves one thread at a time.
 
-    def __init__(self, segments: list[Segment], registry: Registry) -> None:
+    *core* is the file of segments that are read by CORE."""
+
+    def __init__(self, segments: list[Segment], registry: Registry, core: CoreFile | None = None) -> None:
         mask = registry.page_size - 1
         for s, following in zip(segments, [*segments, None][1:], strict=True):
             if (s.paddr | s.size | (s.offset if s.how == MMAP else 0)) & mask:
@@ -85,6 +89,8 @@ class OldMemory:
                 raise SourceError(f"{s.name}: {s.paddr:#x}+{s.size:#x} at offset {s.offset:#x} is not possible")
             if following and following.paddr < s.end:
                 raise SourceError(f"{s.name} and {following.name} both claim {following.paddr:#x}")
+            if s.how == CORE and (core is None or core.fd != s.fd):
+                raise SourceError(f"{s.name}: memory at {s.paddr:#x} is read by way of another file than there is")
         if err := lib.physmem_catch_sigbus():
             raise SourceError(f"cannot catch SIGBUS: {os.strerror(-err)}")
         self.segments = segments
@@ -96,6 +102,8 @@ class OldMemory:
         self.c: CData = ffi.new("struct physmem *")
         self.c.n, self.c.segments = len(segments), self._c_segments
         self.c.gate = registry.slot
+        self._core = core.reader() if core else ffi.NULL
+        self.c.core = self._core
         self.c.page_shift = registry.page_size.bit_length() - 1
         self.c.window_size = WINDOW_SIZE
         self.c.faults, self.c.max_faults = self._faults, MAX_FAULTS
@@ -109,13 +117,16 @@ class OldMemory:
         """*size* bytes from physical address *paddr* on; refused and unreadable pages are zeros."""
         buffer = ffi.new("uint8_t[]", size)
         lib.physmem_read(self.c, paddr, buffer, size)
+        lib.physmem_rest(self.c)
         return bytes(ffi.buffer(buffer, size))
 
     def read_exact(self, paddr: int, size: int) -> bytes:
         """*size* bytes from physical address *paddr* on. Raises ReadError if any page is refused or unreadable."""
         buffer = ffi.new("uint8_t[]", size)
         bad = ffi.new("uint64_t *")
-        if err := lib.physmem_read_exact(self.c, paddr, buffer, size, bad):
+        err = lib.physmem_read_exact(self.c, paddr, buffer, size, bad)
+        lib.physmem_rest(self.c)
+        if err:
             at = int(bad[0])
             rule = self.registry.refuser(at // self.registry.page_size)
             absent = "no source shows it" if err == -errno.ENXIO else os.strerror(-err)
