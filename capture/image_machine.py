@@ -13,7 +13,7 @@ from capture.sources import files
 from guard import loop
 from guard.errors import SourceError
 from guard.loop import LoopDevice
-from guard.physmem import PREAD, Segment, only
+from guard.physmem import PREAD, Segment, only, whole_pages
 from guard.ranges import Range, RangeSet
 from guard.virtio_search import set_blocks
 
@@ -72,7 +72,7 @@ class ImageMachine(Machine):
         return only(self._segments, wanted)
 
     def _open_images(self) -> list[Segment]:
-        """All images, by the addresses that memory had when they were taken."""
+        """All images, by the addresses that memory had when they were taken; an image may begin inside of a page."""
         parts = [(r.image, r.offset, r.paddr, r.size) for r in self.record.ram]
         parts += [(v.image, v.offset, v.addr, v.region_size) for v in self.record.virtio_mem if v.image is not None]
         opened: dict[str, int] = {}
@@ -83,7 +83,7 @@ class ImageMachine(Machine):
                 opened[path] = self._open_image(path)
             found.append(Segment(paddr, size, opened[path], offset, PREAD, path))
         self.source = "images" + (" on loop devices" if self._use_loop else "")
-        return found
+        return whole_pages(found, self.page_size)
 
     def _open_image(self, path: str) -> int:
         if self._use_loop and os.path.isfile(path):

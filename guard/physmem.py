@@ -75,6 +75,11 @@ def only(segments: list[Segment], ranges: RangeSet) -> list[Segment]:
     return found
 
 
+def whole_pages(segments: Iterable[Segment], page_size: int) -> list[Segment]:
+    """*segments*, each cut down to the pages that it shows as a whole: a page in two files is read from neither."""
+    return [s.part(r) for s in segments for r in RangeSet([(s.paddr, s.end)]).inner_pages(page_size)]
+
+
 class OldMemory:
     """Guarded reads. Owns neither the registry nor the file descriptors; one object serves one thread at a time.
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """``python -m tests.ddump [GENERATION...]``: crashes a guest with each kernel of :data:`kernel.SUITES`, and has a
-driver add device dumps to /proc/vmcore while oldmem serves. What is served must stay the same, byte for byte, the driver must
-not be refused, and the dump must be told. Exit status: 0 all as it must be, 1 not."""
+driver add device dumps to /proc/vmcore while oldmem serves. What is served must stay the same, byte for
+byte, the driver must not be refused, and the dump must be told. Exit status: 0 all as it must be, 1 not."""
 
 from __future__ import annotations
 

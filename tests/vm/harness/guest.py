@@ -208,11 +208,12 @@ class AnyGuest(ABC):
 class Guest(AnyGuest):
     """A stock x86_64 guest.
 
-    *kernel* is one of ``debian.SUITES``, or one that was built, of which ``modules`` are in the initramfs; *memory* the
-    boot RAM in bytes, of which *below_4g* lie below 4 GiB and the rest from 4 GiB on; *online* the zone that added memory goes to ("movable": can be unplugged again; "kernel": the
-    kernel uses it for itself too); *oldmem* whether the initramfs has Python and oldmem, *testing* whether it has
-    ``makedumpfile-testing``; *balloon* whether there is a virtio-balloon device (see :meth:`inflate`); *capture* the
-    capture kernel's initramfs, if that is to be another one."""
+    *kernel* is one of ``debian.SUITES``, or one that was built, of which ``modules`` are in the initramfs; *memory*
+    the boot RAM in bytes, of which *below_4g* lie below 4 GiB and the rest from 4 GiB on; *online* the zone that
+    added memory goes to ("movable": can be unplugged again; "kernel": the kernel uses it for itself too); *oldmem*
+    whether the initramfs has Python and oldmem, *testing* whether it has ``makedumpfile-testing``; *balloon* whether
+    there is a virtio-balloon device (see :meth:`inflate`); *capture* the capture kernel's initramfs, if that is to be
+    another one."""
 
     capture_append = "console=ttyS0 irqpoll nr_cpus=1 reset_devices panic=-1 harness.capture"
     modules: tuple[str, ...] = images.MODULES
