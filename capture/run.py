@@ -151,7 +151,8 @@ class Plan:
         """*segments*, those of the kernel's own vmcore where they are in that file now.
 
         It is open from here on until the command has ended, as it is for a collector of the kernel's own file. So no
-        device dump can come in between where the kernel refuses it meanwhile (6.14+); before, account() tells."""
+        device dump can come in between where the kernel refuses it meanwhile (6.14+); where it does not,
+        check_in_place() tells."""
         if core is None or not any(s.how == CORE for s in segments):
             return segments
         self._core = core.settled()
@@ -173,12 +174,15 @@ class Plan:
             faults.append(Fault(Range(f.first << shift, f.end << shift), f.error))
         refused = [tally.refused[i] for i, _ in enumerate(dump.registry)]
         dump.memory.account(tally.pages_shown << shift, refused, faults)
+        return int(tally.loaded)
+
+    def check_in_place(self) -> None:
+        """Raises Error if what the command has mapped of the kernel's own vmcore was not what it was taken for."""
         if self._core is not None and not lib.corefile_in_place(self._core):
             raise Error(
                 f"{procvmcore.PATH}: a device dump was added to it while the command ran, and memory was shifted under "
                 "its mappings: do not trust what it has read; run it again"
             )
-        return int(tally.loaded)
 
     def close(self) -> None:
         for fd in self._fds:
@@ -293,7 +297,7 @@ def run(dump: Dump, command: Sequence[str], path: str) -> int:
     """Run *command*, to whose programs the file *path* is the guarded vmcore; returns its exit status.
 
     What it read and what was refused is in *dump* then, as if read by itself. Raises CommandError if it cannot be run,
-    Error if it ended without having had the library."""
+    Error if it ended without having had the library, or if memory was shifted meanwhile."""
     if not os.path.exists(LIBRARY):
         raise Error(f"{LIBRARY}: not there: this oldmem was built without what it puts into collectors")
     plan = Plan(dump, os.path.abspath(path))
@@ -308,6 +312,7 @@ def run(dump: Dump, command: Sequence[str], path: str) -> int:
         if not plan.account(dump):
             why = "is statically linked" if is_static(command[0]) else "took no library by LD_PRELOAD"
             raise Error(f"{command[0]} {why}, and has seen no vmcore (status {status}); use oldmem mount or init")
+        plan.check_in_place()
     finally:
         plan.close()
     return status

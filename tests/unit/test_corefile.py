@@ -17,12 +17,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from capture.elfcore import Load, build
+from capture.run import Plan
 from capture.vmcore import Vmcore
 from guard import procvmcore
 from guard._core import ffi, lib
 from guard.corefile import Added, CoreFile
-from guard.errors import SourceError
-from guard.physmem import OldMemory
+from guard.errors import Error, SourceError
+from guard.physmem import PREAD, OldMemory, Segment
 from guard.procvmcore import PHDR_SIZE
 from guard.registry import Registry
 
@@ -295,6 +296,44 @@ def test_damaged_place_of_the_notes_costs_the_mark_alone(tmp_path: Path) -> None
     stand_in.write()
     core = CoreFile(stand_in.path, "vmcore")
     assert memory_of(core).read(0x5000, PAGE) == pattern(0x5000, PAGE)
+    core.close()
+
+
+def test_collector_inside_gets_the_offsets_of_now_and_the_file_stays_open_for_it(
+    stand_in: StandIn, core: CoreFile
+) -> None:
+    plan = object.__new__(Plan)
+    plan._fds, plan._core = [], None
+    stand_in.add_dump(2 * PAGE)
+    image = Segment(0x200000, PAGE, 99, 0, PREAD, "image")
+    first, _, other = plan._in_place([*procvmcore.segments(core.fd, core.header), image], core)
+    assert os.pread(first.fd, PAGE, first.offset) == pattern(0x5000, PAGE)
+    assert other == image
+    assert open_for_reading(stand_in.path) == 1
+    plan.close()
+    assert open_for_reading(stand_in.path) == 0
+
+
+def test_collector_inside_is_not_believed_if_memory_was_shifted_under_its_mappings(
+    stand_in: StandIn, core: CoreFile
+) -> None:
+    plan = object.__new__(Plan)
+    plan._fds, plan._core = [], None
+    plan._in_place(procvmcore.segments(core.fd, core.header), core)
+    plan.check_in_place()
+    stand_in.add_dump()
+    with pytest.raises(Error, match="/proc/vmcore: a device dump was added to it while the command ran"):
+        plan.check_in_place()
+    plan.close()
+
+
+def test_file_that_is_gone_is_told_where_a_collector_would_map_it(tmp_path: Path) -> None:
+    stand_in = StandIn(tmp_path / "vmcore")
+    core = CoreFile(stand_in.path, "/proc/vmcore")
+    _only_notes(stand_in)
+    with pytest.raises(SourceError, match="/proc/vmcore: cannot be read again: Stale file handle"):
+        core.settled()
+    assert open_for_reading(stand_in.path) == 0
     core.close()
 
 

@@ -221,14 +221,14 @@ def test_images_that_begin_and_end_inside_of_pages_show_their_whole_pages(
     tmp_path: Path, drawn: tuple[list[tuple[int, int]], ...], mode: str
 ) -> None:
     lines, listed, images = drawn
-    images = images or [(0x800, 0x3800)]
+    images = [part for a, b in images or [(0x800, 0x3800)] for part in ((a, (a + b) // 2), ((a + b) // 2, b))]
     root = tmp_path / "root/proc"
     root.mkdir(parents=True, exist_ok=True)
     (root / "iomem").write_text("".join(f"{a:08x}-{b - 1:08x} : System RAM\n" for a, b in lines) or "0-fff : x\n")
     (root / "vmcore").write_bytes(vmcore_header(listed or [(MIB, 2 * MIB)]))
     with open(tmp_path / "ram.raw", "wb") as file:
         file.truncate(64 * MIB)
-    ram = [{"image": "ram.raw", "offset": a, "paddr": a, "size": b - a} for a, b in images]
+    ram = [{"image": "ram.raw", "offset": a, "paddr": a, "size": b - a} for a, b in images if a < b]
     (tmp_path / "machine.json").write_text(json.dumps({"format": 1, "arch": "x86_64", "ram": ram, "root": "root"}))
     dump = build(ImageMachine(recorded.load(str(tmp_path))), mode=mode)
     whole = RangeSet(page for image in images for page in RangeSet([image]).inner_pages(4096))
