@@ -67,12 +67,11 @@ class CoreFile:
         last: dict[int, int] = {p.type: i for i, p in enumerate(header.phdrs)}
         if PT_NOTE in last:
             note = header.phdrs[last[PT_NOTE]]
-            c.note_at = header.phoff + last[PT_NOTE] * PHDR_SIZE
-            c.note_offset, c.note_size = note.offset, note.filesz
             size = min(note.filesz, lib.COREFILE_MARK)
+            at = note.offset + note.filesz - size
             with suppress(SourceError):  # damaged: then there is no mark
-                ffi.buffer(c.mark, size)[:] = pread_exact(fd, size, note.offset + note.filesz - size, self.name)
-                c.mark_size = size
+                ffi.buffer(c.mark, size)[:] = pread_exact(fd, size, at, self.name)
+                c.mark_at, c.mark_size = at, size
         if PT_LOAD in last:
             load = header.phdrs[last[PT_LOAD]]
             c.load_at = header.phoff + last[PT_LOAD] * PHDR_SIZE

@@ -43,43 +43,32 @@ static int reopen(const struct corefile *c)
 }
 
 /*
- * Are the notes' last bytes where this end of the notes says? Of all that an addition changes, the place of the notes
- * behind it comes first (vmcoredd_update_size(): vmcoredd_orig_sz, then sizes, program headers, the list's offsets, the
- * file's size), so memory that was read before they are seen in their place was in its place too.
+ * The notes of the dead kernel lie behind all that is ever added (dumps, program headers) and before memory, so they
+ * move as memory does. And they move first (vmcoredd_update_size(): vmcoredd_orig_sz, then sizes, program headers, the
+ * list's offsets, the file's size): what was read before they are seen in their place was in its place too.
  */
-static bool is_marked(const struct corefile *c, uint64_t notes_end)
+bool corefile_in_place(const struct corefile *c)
 {
 	uint8_t found[COREFILE_MARK];
 
-	return !read_all(c->fd, notes_end - c->mark_size, found, c->mark_size) &&
-	       !memcmp(found, c->mark, c->mark_size);
+	return !read_all(c->fd, c->mark_at + c->shift, found, c->mark_size) && !memcmp(found, c->mark, c->mark_size);
 }
 
-bool corefile_in_place(const struct corefile *c)
-{
-	/* what is before the notes (memory added as PT_LOADs) and the notes have grown by `shift`, all in all */
-	return is_marked(c, c->note_offset + c->note_size + c->shift);
-}
-
-/* 0 with `shift`, or -EAGAIN where some addition is under way. */
+/* 0 with `shift`, which the last program header to be changed tells, or -EAGAIN where some addition is under way. */
 static int look(struct corefile *c)
 {
-	Elf64_Phdr note = { .p_offset = c->note_offset, .p_filesz = c->note_size }, load;
-	uint64_t shift;
-	uint8_t last;
+	Elf64_Phdr load;
+	uint64_t last;
+	uint8_t byte;
 
-	if ((c->note_at && read_all(c->fd, c->note_at, &note, sizeof(note))) ||
-	    read_all(c->fd, c->load_at, &load, sizeof(load)))
+	if (read_all(c->fd, c->load_at, &load, sizeof(load)) || load.p_type != PT_LOAD ||
+	    load.p_paddr != c->load_paddr || load.p_offset < c->load_offset)
 		return -EAGAIN;
-	shift = load.p_offset - c->load_offset;
-	if (load.p_type != PT_LOAD || load.p_paddr != c->load_paddr || load.p_offset < c->load_offset ||
-	    (c->note_at && note.p_type != PT_NOTE) ||
-	    note.p_offset + note.p_filesz - (c->note_offset + c->note_size) != shift)
-		return -EAGAIN;
+	c->shift = load.p_offset - c->load_offset;
 	/* the size of the file changes last; a byte that cannot be read is there all the same */
-	if (c->end + shift - 1 > INT64_MAX || pread(c->fd, &last, 1, (off_t)(c->end + shift - 1)) == 0)
+	last = c->end + c->shift - 1;
+	if (last > INT64_MAX || pread(c->fd, &byte, 1, (off_t)last) == 0)
 		return -EAGAIN;
-	c->shift = shift;
 	return corefile_in_place(c) ? 0 : -EAGAIN;
 }
 

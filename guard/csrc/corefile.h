@@ -20,12 +20,12 @@ enum { COREFILE_MARK = 256 };
 struct corefile {
 	int path_fd;				/* O_PATH: leads to the file whatever is mounted over its name */
 	int fd;					/* -1 while it is closed */
-	uint64_t note_at, load_at;		/* where the program headers of PT_NOTE and of the last PT_LOAD are */
-	uint64_t note_offset, note_size;	/* p_offset and p_filesz of the first, 0 where there is none */
-	uint64_t load_offset, load_paddr;	/* p_offset and p_paddr of the second */
+	uint64_t load_at;			/* where the program header of the last PT_LOAD is */
+	uint64_t load_offset, load_paddr;	/* its p_offset and p_paddr */
 	uint64_t end;				/* of the memory in the file */
-	uint8_t mark[COREFILE_MARK];		/* the last mark_size bytes of the notes */
+	uint64_t mark_at;			/* where the last mark_size bytes of the notes are */
 	uint32_t mark_size;
+	uint8_t mark[COREFILE_MARK];
 	bool settled;				/* `shift` has been looked up since the file was opened */
 	bool given_up;				/* that failed the last time: not worth waiting for again */
 	uint64_t shift;				/* to be added to an offset of that time */

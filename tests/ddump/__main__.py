@@ -80,7 +80,7 @@ def run(generation: str) -> list[str]:
     """What was seen, a line each. Raises Failure."""
     built = kernel.kernel(generation)
     lines = [f"kernel {built.release}"]
-    with DumpGuest(built, memory=512 * MiB, smp=1) as g:
+    with DumpGuest(built, memory=384 * MiB, smp=1) as g:
         g.load()
         g.crash()
         g.sh("modprobe ddump")
