@@ -13,7 +13,7 @@ CORE := guard/_core.abi3.so
 CORE_SOURCES := cffi_build.py $(wildcard guard/csrc/*.[ch] capture/csrc/*.[ch])
 
 # The C library: its sources, its name with the ABI's number, where it is built and where it goes
-LIB_SOURCES := $(addprefix guard/csrc/,liboldmem_guard.c guardfile.c sum64.c bulk.c gate.c pageset.c physmem.c)
+LIB_SOURCES := $(addprefix guard/csrc/,liboldmem_guard.c guardfile.c sum64.c bulk.c gate.c pageset.c corefile.c physmem.c)
 LIB_MAP := guard/csrc/liboldmem_guard.map
 LIB_NAME := liboldmem_guard.so
 LIB_CFLAGS := -std=gnu11 -Wall -Wextra -Werror -fPIC -fvisibility=hidden -Iinclude -pthread
@@ -30,7 +30,7 @@ NEEDED := \
 	/usr/share/keyrings/debian-archive-keyring.gpg=debian-archive-keyring \
 	busybox=busybox-static zstd=zstd cpio=cpio readelf=binutils shellcheck=shellcheck
 
-.PHONY: demo test lint bench s390x lib install-lib sanitize deps venv fetch clean
+.PHONY: demo test lint bench s390x ddump lib install-lib sanitize deps venv fetch clean
 
 # Crashes a guest under QEMU, captures it, shows what was saved and what was refused
 demo: venv
@@ -52,6 +52,10 @@ bench: venv
 # Real s390x crashes under QEMU, byte for byte; the first time it builds two kernels. Some: make s390x RUNS="smp2 live"
 s390x: venv
 	$(IN_VENV) -m tests.s390x $(RUNS)
+
+# Device dumps that drivers add while oldmem serves; the first time it builds two kernels
+ddump: venv
+	$(IN_VENV) -m tests.ddump $(RUNS)
 
 # The guard for C programs; needs a C compiler, no Python
 lib: $(LIB_OUT)/$(LIB_NAME)

@@ -16,6 +16,7 @@ HEADERS = [
     "guard/csrc/pageset.h",
     "guard/csrc/gate.h",
     "guard/csrc/guardfile.h",
+    "guard/csrc/corefile.h",
     "guard/csrc/physmem.h",
     "guard/csrc/view.h",
     "guard/csrc/memmap.h",

@@ -23,8 +23,8 @@ _PIECE = 1 << 20
 
 
 def end(folder: str = FOLDER, over: str = procvmcore.PATH) -> list[str]:
-    """End the service at *folder* and over the file *over*, if there is one; a line for all that the vmcore lacked or
-    that reads lost. To be called again it needs nothing but the reports. Raises Error where no report is to be had: then
+    """End the service at *folder* and over the file *over*, if there is one; a line for all that the vmcore lacked,
+    that reads lost, or that drivers added too late. To be called again it needs nothing but the reports. Raises Error where no report is to be had: then
     nothing tells what was lost."""
     device = mounted_device(folder)
     try:
@@ -67,5 +67,6 @@ def _lost(data: bytes, path: str) -> Iterator[str]:
         for part, what in (("lost", "is lost"), ("unreadable", "could not be read and is zeros")):
             for item in found.get(part, []):
                 yield f"{Range(item['start'], item['end'])} {what}: {item['why']}"
+        yield from map(str, found.get("late_dumps", []))
     except (ValueError, TypeError, KeyError, AttributeError):
         raise Error(f"{path}: not a report of ours, so that nothing tells what reads have lost") from None

@@ -34,6 +34,7 @@ DYNAMIC, PRELOADED = "dynamic", "preloaded"
 # A header's PT_LOADs at most, as in the kernel's own (CRASH_MAX_MEMORY_RANGES): each costs memory in the capture kernel
 MAX_LOADS = 8192
 
+
 class Difference(NamedTuple):
     """A range in which the preloaded header and the memory map do not agree."""
 
@@ -85,9 +86,10 @@ class Dump:
         segments = machine.open_segments(wanted)
         if self.mode == PRELOADED and machine.core_fd is not None and machine.core_header is not None:
             # low memory that kexec backed up: only the kernel's own header knows where it went
-            kernels = procvmcore.segments(machine.core_fd, machine.core_header)
-            segments = layer(only(kernels, machine.own), only(segments, wanted - machine.own))
-        self.memory = OldMemory(segments, self.registry)
+            kernels = procvmcore.segments(machine.core_fd, machine.core_header, machine.page_size)
+            own = machine.own.outer_pages(machine.page_size)  # System RAM may begin and end inside of a page
+            segments = layer(only(kernels, own), only(segments, wanted - own))
+        self.memory = OldMemory(segments, self.registry, machine.core)
         self.exact = ExactMemory(self.memory, machine.touched)
         if plugins:
             self._ask(plugins)

@@ -55,7 +55,6 @@ class Envelope(NamedTuple):
         """What only the dead kernel's resource tree could have settled, while there is no sound one."""
         return RangeSet() if self.confirmed else self.window | self.disputed
 
-
     def with_region(self, region: RangeSet) -> Envelope:
         """The envelope with one more virtio-mem region, which then is nothing else."""
         return self._replace(
@@ -166,9 +165,7 @@ def _other_uses(reports: Mapping[str, SourceReport]) -> tuple[RangeSet, RangeSet
     return no_ram, special
 
 
-def witnessed(
-    env: Envelope, system_ram: RangeSet, online: RangeSet | None, problems: Problems
-) -> Envelope:
+def witnessed(env: Envelope, system_ram: RangeSet, online: RangeSet | None, problems: Problems) -> Envelope:
     """*env* after a sound resource tree of the dead kernel has told its *system_ram*; *online* are its memory sections
     with struct pages, None if they are not known.
 
@@ -181,7 +178,9 @@ def witnessed(
     admitted = beyond & online if online is not None else RangeSet()
     admitted -= env.absent
     if admitted:
-        problems.note(f"{admitted} was System RAM that no firmware table here calls RAM: read, on the dead kernel's word")
+        problems.note(
+            f"{admitted} was System RAM that no firmware table here calls RAM: read, on the dead kernel's word"
+        )
     return env._replace(admitted=admitted, heard=RangeSet(), confirmed=True)
 
 

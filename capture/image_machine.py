@@ -13,7 +13,7 @@ from capture.sources import files
 from guard import loop
 from guard.errors import SourceError
 from guard.loop import LoopDevice
-from guard.physmem import ABSENT, PREAD, Segment, absent, layer, only
+from guard.physmem import ABSENT, PREAD, Segment, absent, layer, only, whole_pages
 from guard.ranges import Range, RangeSet
 from guard.virtio_search import set_blocks
 
@@ -75,7 +75,7 @@ class ImageMachine(Machine):
         return only(self._segments, wanted)
 
     def _open_images(self) -> list[Segment]:
-        """All images, by the addresses that memory had when they were taken."""
+        """All images, by the addresses that memory had when they were taken; an image may begin inside of a page."""
         parts: list[tuple[str, int, int, int, Runs | None, Runs | None]] = [
             (r.image, r.offset, r.paddr, r.size, r.held, None) for r in self.record.ram
         ]
@@ -94,7 +94,7 @@ class ImageMachine(Machine):
         if any(s.how == ABSENT for s in found):
             self.remarks.note("a minimal record: what is no page that map, header or guard need cannot be read")
         self.source = "images" + (" on loop devices" if self._use_loop else "")
-        return found
+        return whole_pages(found, self.page_size)
 
     def _pages(self, paddr: int, runs: Runs) -> RangeSet:
         page = self.page_size

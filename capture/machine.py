@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import errno
 import os
-import stat
 from typing import TYPE_CHECKING
 
 from capture.arch import Arch
@@ -17,6 +16,7 @@ from capture.memory_map import Device
 from capture.sources import cmdline, firmware_memmap, fw_cfg, iomem, memory_blocks, report, smbios, srat
 from capture.sources.report import SourceReport
 from guard import devmem, procvmcore, virtio_mem
+from guard.corefile import CoreFile
 from guard.errors import Error, SourceError
 from guard.physmem import Segment, Touched, covered, layer, only
 from guard.procvmcore import CoreHeader
@@ -69,7 +69,10 @@ class Machine:
     touched: Touched | None = None
     """Where exact reads note their pages; None: nobody wants to know."""
     core_header: CoreHeader | None = None
+    core: CoreFile | None = None
+    """The kernel's own vmcore, never held open: a driver that adds a device dump to it must find it closed."""
     core_fd: int | None = None
+    """The descriptor of :attr:`core`, by O_PATH: :meth:`read_core` reads."""
     header_is_the_kernels = False
     """The running kernel built the header of its /proc/vmcore itself, after the crash: there is none better."""
     live = False
@@ -121,28 +124,46 @@ class Machine:
 
     def core_header_bytes(self) -> bytes:
         """The kernel's own header and notes, as /proc/vmcore starts. Raises SourceError where there is none."""
-        if self.core_header is None or self.core_fd is None:
+        if self.core is None:
             raise SourceError(f"{procvmcore.PATH}: the kernel made none: there is no preloaded header")
-        return procvmcore.pread_exact(self.core_fd, self.core_header.size, 0, procvmcore.PATH)
+        return self.core.read(self.core.header.size, 0)
+
+    def read_core(self, size: int, offset: int) -> bytes:
+        """*size* bytes from *offset* on of the kernel's own header and notes. Raises SourceError where it does not have
+        them."""
+        if self.core is None:
+            raise SourceError(f"{procvmcore.PATH}: the kernel made none: it has no notes either")
+        return self.core.read(size, offset)
+
+    def late_dumps(self) -> list[str]:
+        """What drivers have added to the kernel's own vmcore since its header was read, and no reader of ours sees: a
+        line each. None is good."""
+        if self.core is None or not self.live:
+            return []
+        try:
+            added = self.core.added()
+        except SourceError as e:
+            return [f"{e}: whether a driver has added a device dump is not known"]
+        lines = []
+        if added.dumps:
+            lines.append(f"{self.core.name}: {added.dumps} bytes of device dumps were added too late for this vmcore")
+        if added.ram:
+            lines.append(f"{self.core.name}: {added.ram} bytes of memory were added too late for this vmcore")
+        return lines
 
     def _open_core(self, real_path: str, path: str) -> None:
         """Remember the kernel's own vmcore, before anything is mounted over it. *path* is what messages call it."""
         try:
-            # a recorded machine may come from anybody: a FIFO must not block
-            fd = os.open(real_path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+            self.core = CoreFile(real_path, path)
         except OSError as e:
             if e.errno != errno.ENOENT:
                 self.problems.note(f"{path}: {e.strerror}")
             return
-        self._fds.append(fd)
-        try:
-            if not stat.S_ISREG(os.fstat(fd).st_mode):
-                raise SourceError(f"{path}: is not a regular file; taken as absent")
-            self.core_header = procvmcore.read_header(fd, path)
         except SourceError as e:
             self.problems.note(str(e))
             return
-        self.core_fd = fd
+        self._fds.append(self.core.fd)
+        self.core_header, self.core_fd = self.core.header, self.core.fd
         notes = [p for p in self.core_header.phdrs if p.type == procvmcore.PT_NOTE]
         if notes and self.phdr_note_align is None:
             self.phdr_note_align = notes[0].align

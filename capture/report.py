@@ -185,6 +185,7 @@ def guard_json(dump: Dump, most: int | None = None) -> dict[str, Any]:
             {"start": f.range.start, "end": f.range.end, "why": os.strerror(f.errno)} for f in memory.faults()
         ],
         "lost": [{"start": r.start, "end": r.end, "why": why} for r, why in islice(losses(dump), most)],
+        "late_dumps": dump.machine.late_dumps(),
         "devices": [device_json(d, most) for d in dump.machine.devices],
         "compatibility": _added(dump),
         "problems": list(dump.problems),

@@ -18,17 +18,22 @@ import stat
 import struct
 import sys
 from collections.abc import Iterator, Sequence
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from capture.dump import Dump
 from capture.elfcore import page_align
 from capture.fuse import MS_BIND, mount
 from capture.programs import is_static, wait
+from guard import procvmcore
 from guard._core import ffi, lib
 from guard.compiled import ALIGN, compile_guard
 from guard.errors import Error
-from guard.physmem import Fault
+from guard.physmem import CORE, Fault, Segment
 from guard.ranges import Range
+
+if TYPE_CHECKING:
+    from guard._core import CData
+    from guard.corefile import CoreFile
 
 LIBRARY = os.path.join(os.path.dirname(os.path.abspath(__file__)), "_preload.abi3.so")
 PLAN_VARIABLE = "OLDMEM_RUN"
@@ -67,6 +72,7 @@ class Plan:
     def __init__(self, dump: Dump, path: str) -> None:
         self.path = path
         self._fds: list[int] = []
+        self._core: CData | None = None
         try:
             self.fd = self._new("oldmem plan")
             tally = self._new("oldmem tally")
@@ -104,7 +110,7 @@ class Plan:
                 )
             c.offset, c.size, c.paddr = e
             behind = e.offset + e.size
-        to_map = dump.machine.to_map(dump.memory.segments)
+        to_map = self._in_place(dump.machine.to_map(dump.memory.segments), dump.machine.core)
         segments = ffi.new("struct physmem_segment[]", len(to_map))
         for c, s in zip(segments, to_map, strict=True):
             if s.offset % page_size:
@@ -141,6 +147,18 @@ class Plan:
             file.seek(0)
             file.write(ffi.buffer(plan))
 
+    def _in_place(self, segments: list[Segment], core: CoreFile | None) -> list[Segment]:
+        """*segments*, those of the kernel's own vmcore where they are in that file now.
+
+        It is open from here on until the command has ended, as it is for a collector of the kernel's own file. So no
+        device dump can come in between where the kernel refuses it meanwhile (6.14+); where it does not,
+        check_in_place() tells."""
+        if core is None or not any(s.how == CORE for s in segments):
+            return segments
+        self._core = core.settled()
+        fd, shift = self._core.fd, self._core.shift
+        return [s._replace(fd=fd, offset=s.offset + shift) if s.how == CORE else s for s in segments]
+
     def stand_in(self, path: str) -> None:
         """From now on the file *path* is the one that programs find at this plan's path."""
         there = os.stat(path)
@@ -158,10 +176,20 @@ class Plan:
         dump.memory.account(tally.pages_shown << shift, refused, faults)
         return int(tally.loaded)
 
+    def check_in_place(self) -> None:
+        """Raises Error if what the command has mapped of the kernel's own vmcore was not what it was taken for."""
+        if self._core is not None and not lib.corefile_in_place(self._core):
+            raise Error(
+                f"{procvmcore.PATH}: a device dump was added to it while the command ran, and memory was shifted under "
+                "its mappings: do not trust what it has read; run it again"
+            )
+
     def close(self) -> None:
         for fd in self._fds:
             os.close(fd)
         self._fds = []
+        if self._core is not None:
+            lib.corefile_rest(self._core)
 
 
 def _is_kernels(dump: Dump, path: str) -> bool:
@@ -269,7 +297,7 @@ def run(dump: Dump, command: Sequence[str], path: str) -> int:
     """Run *command*, to whose programs the file *path* is the guarded vmcore; returns its exit status.
 
     What it read and what was refused is in *dump* then, as if read by itself. Raises CommandError if it cannot be run,
-    Error if it ended without having had the library."""
+    Error if it ended without having had the library, or if memory was shifted meanwhile."""
     if not os.path.exists(LIBRARY):
         raise Error(f"{LIBRARY}: not there: this oldmem was built without what it puts into collectors")
     plan = Plan(dump, os.path.abspath(path))
@@ -284,6 +312,7 @@ def run(dump: Dump, command: Sequence[str], path: str) -> int:
         if not plan.account(dump):
             why = "is statically linked" if is_static(command[0]) else "took no library by LD_PRELOAD"
             raise Error(f"{command[0]} {why}, and has seen no vmcore (status {status}); use oldmem mount or init")
+        plan.check_in_place()
     finally:
         plan.close()
     return status

@@ -205,7 +205,9 @@ class X86_64(Arch):
             sections.without_section(known, self.system_ram, dump.problems)
             if known.doubtful(dump.envelope.all):
                 offline = known.offline & (self.system_ram or dump.envelope.boot)
-                self.doubts.append((offline, "most of memory would have been offline, which damage is more likely to say"))
+                self.doubts.append(
+                    (offline, "most of memory would have been offline, which damage is more likely to say")
+                )
             marks = dead.marks(dump.envelope.all)
         if marks:
             rules += [hwpoison.rule(marks), page_offline.rule(marks)]

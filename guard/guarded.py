@@ -119,6 +119,7 @@ class GuardedMemory:
                     self._check_open()
                     if view:
                         lib.physmem_read(self._memory.c, paddr, ffi.from_buffer("uint8_t[]", view), len(view))
+                        lib.physmem_rest(self._memory.c)
                 return len(view)
 
     def view(self, paddr: int, size: int) -> memoryview:

@@ -16,10 +16,12 @@ from guard.registry import Registry
 
 if TYPE_CHECKING:
     from guard._core import CData
+    from guard.corefile import CoreFile
 
 PREAD: int = lib.PHYSMEM_PREAD
 MMAP: int = lib.PHYSMEM_MMAP
 ABSENT: int = lib.PHYSMEM_ABSENT
+CORE: int = lib.PHYSMEM_CORE
 
 # 256 KiB of page tables for each window of /dev/mem, 4 MiB for all of them, whatever the machine's size
 WINDOW_SIZE = 128 << 20
@@ -35,7 +37,7 @@ class Segment(NamedTuple):
     size: int
     fd: int
     offset: int
-    how: int  # PREAD, MMAP or ABSENT
+    how: int  # PREAD, MMAP, ABSENT, or CORE: of the CoreFile that memory is read with, fd being its O_PATH descriptor
     name: str  # for messages
 
     @property
@@ -84,16 +86,26 @@ def only(segments: list[Segment], ranges: RangeSet) -> list[Segment]:
     return found
 
 
-class OldMemory:
-    """Guarded reads. Owns neither the registry nor the file descriptors; one object serves one thread at a time."""
+def whole_pages(segments: Iterable[Segment], page_size: int) -> list[Segment]:
+    """*segments*, each cut down to the pages that it shows as a whole: a page in two files is read from neither."""
+    return [s.part(r) for s in segments for r in RangeSet([(s.paddr, s.end)]).inner_pages(page_size)]
 
-    def __init__(self, segments: list[Segment], registry: Registry) -> None:
+
+class OldMemory:
+    """Guarded reads. Owns neither the registry nor the file descriptors; one object serves one thread at a time.
+
+    *core* is the file of segments that are read by CORE."""
+
+    def __init__(self, segments: list[Segment], registry: Registry, core: CoreFile | None = None) -> None:
         if err := lib.physmem_catch_sigbus():
             raise SourceError(f"cannot catch SIGBUS: {os.strerror(-err)}")
         self.registry = registry
+        self._core = core
         self._faults = ffi.new("struct physmem_fault[]", MAX_FAULTS)
+        self._reader = core.reader() if core else ffi.NULL
         self.c: CData = ffi.new("struct physmem *")
         self.c.gate = registry.slot
+        self.c.core = self._reader
         self.c.page_shift = registry.page_size.bit_length() - 1
         self.c.window_size = WINDOW_SIZE
         self.c.faults, self.c.max_faults = self._faults, MAX_FAULTS
@@ -105,7 +117,7 @@ class OldMemory:
         self._show(sorted([*self.segments, *segments]))
 
     def _show(self, segments: list[Segment]) -> None:
-        registry = self.registry
+        registry, core = self.registry, self._core
         mask = registry.page_size - 1
         for s, following in zip(segments, [*segments, None][1:], strict=True):
             if (s.paddr | s.size | (s.offset if s.how == MMAP else 0)) & mask:
@@ -114,6 +126,8 @@ class OldMemory:
                 raise SourceError(f"{s.name}: {s.paddr:#x}+{s.size:#x} at offset {s.offset:#x} is not possible")
             if following and following.paddr < s.end:
                 raise SourceError(f"{s.name} and {following.name} both claim {following.paddr:#x}")
+            if s.how == CORE and (core is None or core.fd != s.fd):
+                raise SourceError(f"{s.name}: memory at {s.paddr:#x} is read by way of another file than there is")
         lib.physmem_unmap(self.c)  # windows point to their segments
         self.segments = segments
         self._c_segments = ffi.new("struct physmem_segment[]", len(segments))
@@ -135,13 +149,16 @@ class OldMemory:
         """*size* bytes from physical address *paddr* on; refused and unreadable pages are zeros."""
         buffer = ffi.new("uint8_t[]", size)
         lib.physmem_read(self.c, paddr, buffer, size)
+        lib.physmem_rest(self.c)
         return bytes(ffi.buffer(buffer, size))
 
     def read_exact(self, paddr: int, size: int) -> bytes:
         """*size* bytes from physical address *paddr* on. Raises ReadError if any page is refused or unreadable."""
         buffer = ffi.new("uint8_t[]", size)
         bad = ffi.new("uint64_t *")
-        if err := lib.physmem_read_exact(self.c, paddr, buffer, size, bad):
+        err = lib.physmem_read_exact(self.c, paddr, buffer, size, bad)
+        lib.physmem_rest(self.c)
+        if err:
             at = int(bad[0])
             rule = self.registry.refuser(at // self.registry.page_size)
             why = f"refused by {rule.name}" if rule else self._why(at, -err)

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from guard.errors import SourceError
-from guard.physmem import MAX_END, MAX_FILE_SIZE, PREAD, Segment
+from guard.physmem import CORE, MAX_END, MAX_FILE_SIZE, Segment
 from guard.ranges import Range
 
 PATH = "/proc/vmcore"
@@ -41,6 +41,7 @@ class CoreHeader(NamedTuple):
     machine: int  # e_machine
     byteorder: str  # struct prefix, "<" or ">"
     phdrs: tuple[ProgramHeader, ...]
+    phoff: int = EHDR_SIZE  # where these are in the file
 
     @property
     def loads(self) -> list[ProgramHeader]:
@@ -97,7 +98,7 @@ def parse_header(read: Callable[[int, int], bytes], name: str) -> CoreHeader:
                 f"{name}: program header {i}: {p.memsz:#x} bytes at offset {p.offset:#x} cannot be the memory "
                 f"at {p.paddr:#x}"
             )
-    return CoreHeader(machine, order, phdrs)
+    return CoreHeader(machine, order, phdrs, phoff)
 
 
 def read_header(fd: int, name: str) -> CoreHeader:
@@ -116,9 +117,9 @@ def shown_by(p: ProgramHeader, page_size: int = 4096) -> Range:
     return Range(p.paddr & -page_size, (p.paddr + p.memsz + page_size - 1) & -page_size)
 
 
-def segments(fd: int, header: CoreHeader, page_size: int = 4096, name: str = PATH) -> list[Segment]:
+def segments(fd: int, header: CoreHeader, page_size: int = 4096, name: str = PATH, how: int = CORE) -> list[Segment]:
     """Where physical memory lies in /proc/vmcore, ascending; a page that two PT_LOADs show (kernel text) is taken
-    once."""
+    once. *fd* is that of a guard.corefile.CoreFile, unless *how* says that it is open for good."""
     found: list[Segment] = []
     reached = 0
     for p in sorted(header.loads, key=lambda p: p.paddr):
@@ -126,6 +127,6 @@ def segments(fd: int, header: CoreHeader, page_size: int = 4096, name: str = PAT
         start, end = max(shown.start, reached), shown.end
         start, end = (start + page_size - 1) & -page_size, end & -page_size
         if start < end:
-            found.append(Segment(start, end - start, fd, p.offset + start - p.paddr, PREAD, name))
+            found.append(Segment(start, end - start, fd, p.offset + start - p.paddr, how, name))
             reached = end
     return found

@@ -106,6 +106,13 @@ static int copy_pread(int fd, uint64_t offset, uint8_t *to, size_t n)
 	return 0;
 }
 
+static int copy_read(const struct physmem *m, const struct physmem_segment *s, uint64_t at, void *to, size_t n)
+{
+	if (s->how == PHYSMEM_CORE)
+		return corefile_read(m->core, s->offset + at, to, n);
+	return copy_pread(s->fd, s->offset + at, to, n);
+}
+
 static void unmap_window(struct physmem_window *w)
 {
 	if (w->segment)
@@ -144,8 +151,8 @@ static int copy_one_page(const struct physmem *m, const struct physmem_segment *
 	uint8_t *map;
 	int err;
 
-	if (s->how == PHYSMEM_PREAD)
-		return copy_pread(s->fd, s->offset + at, to, n);
+	if (s->how != PHYSMEM_MMAP)
+		return copy_read(m, s, at, to, n);
 	map = mmap(NULL, page, PROT_READ, MAP_SHARED, s->fd, (off_t)(s->offset + at - inside));
 	if (map == MAP_FAILED)
 		return -errno;
@@ -159,8 +166,8 @@ static int copy_piece(struct physmem *m, const struct physmem_segment *s, uint64
 {
 	struct physmem_window *w;
 
-	if (s->how == PHYSMEM_PREAD)
-		return copy_pread(s->fd, s->offset + at, to, *n);
+	if (s->how != PHYSMEM_MMAP)
+		return copy_read(m, s, at, to, *n);
 	w = window_at(m, s, at);
 	if (!w)
 		return -errno;
@@ -315,6 +322,12 @@ int physmem_read_exact(struct physmem *m, uint64_t paddr, void *buf, size_t n, u
 		return -EACCES;
 	}
 	return copy_ram(m, paddr, buf, n, true, bad);
+}
+
+void physmem_rest(struct physmem *m)
+{
+	if (m->core)
+		corefile_rest(m->core);
 }
 
 void physmem_unmap(struct physmem *m)

@@ -3,7 +3,7 @@
  * Guarded reads of old memory by physical address.
  *
  * Old memory is a list of segments, each some file's view of a physical range: /dev/mem (mapped in windows, because
- * read(2) of it ends at the capture kernel's own memory), /proc/vmcore, an image, a block device (pread). A page
+ * read(2) of it ends at the capture kernel's own memory), an image, a block device (pread), /proc/vmcore. A page
  * that the gate refuses reads as zeros; a page that cannot be read (no segment, EIO, EFAULT, SIGBUS) reads as zeros
  * and is logged; the rest of the request is served. No allocation, and no state but the structure itself and the
  * thread's SIGBUS slot. One structure serves one thread at a time; any number of them may share a gate, which another
@@ -12,11 +12,13 @@
 #ifndef OLDMEM_PHYSMEM_H
 #define OLDMEM_PHYSMEM_H
 
+#include "corefile.h"
 #include "gate.h"
 
 enum {
 	PHYSMEM_PREAD,
 	PHYSMEM_MMAP,
+	PHYSMEM_CORE,	/* through `core`, whatever fd is */
 	PHYSMEM_ABSENT,	/* memory that was there and no file has: a record of the touched pages alone; fd is not used */
 };
 enum { PHYSMEM_WINDOWS = 16 };
@@ -25,7 +27,7 @@ struct physmem_segment {
 	uint64_t paddr, size;	/* bytes, whole pages */
 	uint64_t offset;	/* of paddr in the file */
 	int fd;
-	int how;		/* PHYSMEM_PREAD, PHYSMEM_MMAP or PHYSMEM_ABSENT */
+	int how;
 };
 
 struct physmem_window {
@@ -44,6 +46,7 @@ struct physmem {
 	size_t n;
 	const struct physmem_segment *segments;	/* ascending, disjoint */
 	const struct gate *const *gate;		/* where the gate in force is found, looked up for each run of pages */
+	struct corefile *core;			/* NULL where no segment is of PHYSMEM_CORE */
 	uint32_t page_shift;
 	uint64_t window_size;			/* bytes, a power of two */
 	struct physmem_window windows[PHYSMEM_WINDOWS];
@@ -65,6 +68,9 @@ void physmem_read(struct physmem *m, uint64_t paddr, void *buf, size_t n);
  * another -errno with *bad set to the first physical address that could not be read.
  */
 int physmem_read_exact(struct physmem *m, uint64_t paddr, void *buf, size_t n, uint64_t *bad);
+
+/* The end of a batch of reads: no file stays open that was opened for it. */
+void physmem_rest(struct physmem *m);
 
 /* Unmap all windows. */
 void physmem_unmap(struct physmem *m);

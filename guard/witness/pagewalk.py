@@ -54,7 +54,9 @@ class PageWalk:
 
     def through(self, mem: Memory) -> PageWalk:
         """The same address space, read through *mem*."""
-        return PageWalk(mem, self.root_paddr, self.levels, _ADDRESS & ~self._address_mask, self._phys_base, self._image_size)
+        return PageWalk(
+            mem, self.root_paddr, self.levels, _ADDRESS & ~self._address_mask, self._phys_base, self._image_size
+        )
 
     def translate(self, vaddr: int) -> int:
         """Physical address of virtual address *vaddr*."""

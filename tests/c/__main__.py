@@ -24,7 +24,7 @@ VALGRIND = ("valgrind", "--quiet", "--error-exitcode=9", "--leak-check=full")
 BATCH = 500  # files that one run is given
 IN_PYTHON = [
     f"tests/unit/test_{name}.py"
-    for name in ("registry_threads", "physmem", "gate", "vmcore", "compiled", "witness_memmap")
+    for name in ("registry_threads", "physmem", "corefile", "gate", "vmcore", "compiled", "witness_memmap")
 ]
 
 

@@ -89,7 +89,10 @@ def test_done_fails_in_one_line_where_the_report_is_none(report: bytes, tmp_path
 
 
 def test_done_tells_what_was_lost_before_anyone_read(tmp_path: Path) -> None:
-    report = {"lost": [{"start": 0x1000, "end": 0x3000, "why": "no image holds it"}], "unreadable": []}
+    report = {"lost": [{"start": 0x1000, "end": 0x3000, "why": "no image holds it"}], "late_dumps": ["a device dump"]}
     (tmp_path / "guard.json").write_text(json.dumps(report))
     (tmp_path / "map.json").write_text("{}")
-    assert end(str(tmp_path), str(tmp_path / "vmcore")) == ["0x1000-0x2fff is lost: no image holds it"]
+    assert end(str(tmp_path), str(tmp_path / "vmcore")) == [
+        "0x1000-0x2fff is lost: no image holds it",
+        "a device dump",
+    ]

@@ -4,15 +4,20 @@ source shows. A machine in memory stands in for the live one."""
 
 from __future__ import annotations
 
+import json
 import os
 import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from capture import dump as dump_module
+from capture import recorded
 from capture.dump import Dump, build
+from capture.image_machine import ImageMachine
 from capture.machine import Machine
 from capture.memory_map import Device
 from capture.x86_64 import X86_64
@@ -173,6 +178,62 @@ def test_memory_of_the_capture_kernel_is_never_read_as_the_dead_machines(mode: s
     dump = build(fake(core=vmcore_header([(MIB, 32 * MIB), (48 * MIB, 64 * MIB)])), mode=mode)
     assert dump.memory.read(32 * MIB, 4096) == bytes(4096)
     assert dump.memory.read(48 * MIB, 8) == struct.pack("<Q", 48 * MIB | 1)
+
+
+def inside(draw: st.DrawFn, most: int, low: int = 0, high: int = 64 * MIB) -> list[tuple[int, int]]:
+    """Up to *most* disjoint ranges at borders that are no pages'."""
+    near = st.builds(lambda page, by: page * 4096 + by, st.integers(low >> 12, (high >> 12) - 2), st.integers(0, 4095))
+    borders = sorted(draw(st.sets(near, max_size=2 * most)))
+    return list(zip(borders[::2], borders[1::2], strict=False))
+
+
+@st.composite
+def borders(draw: st.DrawFn) -> tuple[list[tuple[int, int]], ...]:
+    """Lines of /proc/iomem, PT_LOADs of the kernel's header, images."""
+    return inside(draw, 3), inside(draw, 4, MIB), inside(draw, 3)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(borders(), st.sampled_from(["dynamic", "preloaded"]))
+def test_borders_inside_of_pages_fail_in_neither_mode(
+    fake: Fake, tmp_path: Path, drawn: tuple[list[tuple[int, int]], ...], mode: str
+) -> None:
+    lines, listed, _ = drawn
+    (tmp_path / "proc").mkdir(exist_ok=True)
+    text = "".join(f"{a:08x}-{b - 1:08x} : System RAM\n" for a, b in lines) or "70000000-70000fff : System RAM\n"
+    (tmp_path / "proc/iomem").write_text(text)
+    core = vmcore_header(listed or [(MIB, 2 * MIB)])
+    dump = build(fake(core=core), mode=mode)
+    for s in dump.memory.segments:
+        assert not (s.paddr | s.size) % 4096
+    for a, b in lines:
+        paddr = max(a & -4096, MIB)
+        # what is this kernel's is read only where its own file has what it displaced, and then from there
+        assert dump.memory.read(paddr, 8) == bytes(8) or b <= MIB
+    if mode == "preloaded":
+        assert dump.core.header == core
+    dump.close()
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(borders(), st.sampled_from(["dynamic", "preloaded"]))
+def test_images_that_begin_and_end_inside_of_pages_show_their_whole_pages(
+    tmp_path: Path, drawn: tuple[list[tuple[int, int]], ...], mode: str
+) -> None:
+    lines, listed, images = drawn
+    images = [part for a, b in images or [(0x800, 0x3800)] for part in ((a, (a + b) // 2), ((a + b) // 2, b))]
+    root = tmp_path / "root/proc"
+    root.mkdir(parents=True, exist_ok=True)
+    (root / "iomem").write_text("".join(f"{a:08x}-{b - 1:08x} : System RAM\n" for a, b in lines) or "0-fff : x\n")
+    (root / "vmcore").write_bytes(vmcore_header(listed or [(MIB, 2 * MIB)]))
+    with open(tmp_path / "ram.raw", "wb") as file:
+        file.truncate(64 * MIB)
+    ram = [{"image": "ram.raw", "offset": a, "paddr": a, "size": b - a} for a, b in images if a < b]
+    (tmp_path / "machine.json").write_text(json.dumps({"format": 1, "arch": "x86_64", "ram": ram, "root": "root"}))
+    dump = build(ImageMachine(recorded.load(str(tmp_path))), mode=mode)
+    whole = RangeSet(page for image in images for page in RangeSet([image]).inner_pages(4096))
+    assert not dump.memory.covered - whole - dump.machine.own.outer_pages(4096)
+    dump.close()
 
 
 def test_device_that_nothing_locates_costs_all_that_was_hot_plugged(fake: Fake) -> None:

@@ -21,7 +21,7 @@ RAM, RESERVED, HOT = report.RAM, report.RESERVED, report.HOTPLUG_WINDOW
 Found = list[tuple[int, int, str]]
 
 
-def reports(narrows_only: str = "", **findings: Found) -> dict[str, SourceReport]:
+def reports(**findings: Found) -> dict[str, SourceReport]:
     return {
         name: SourceReport(
             name,
@@ -29,10 +29,14 @@ def reports(narrows_only: str = "", **findings: Found) -> dict[str, SourceReport
             tuple(Finding(a, b, k, "") for a, b, k in findings.get(name, [])),
             (),
             True,
-            narrows_only=name == narrows_only,
         )
         for name in SOURCES
     }
+
+
+def with_bad_srat(**findings: Found) -> dict[str, SourceReport]:
+    found = reports(**findings)
+    return found | {"srat": found["srat"]._replace(narrows_only=True)}
 
 
 def made(
@@ -111,9 +115,9 @@ def test_srat_that_knows_no_boot_ram_at_all_says_nothing_about_it() -> None:
 
 def test_srat_with_a_bad_checksum_narrows_but_adds_nothing() -> None:
     srat = [(0, 2 * GIB, RAM), (4 * GIB, 8 * GIB, RAM), (8 * GIB, 9 * GIB, HOT)]
-    env, _ = made(reports("srat", smbios=[(0, 3 * GIB, RAM)], srat=srat))
+    env, _ = made(with_bad_srat(smbios=[(0, 3 * GIB, RAM)], srat=srat))
     assert (env.boot, env.disputed, env.window) == (spans((0, 2)), spans((2, 3)), NONE)
-    env, _ = made(reports("srat", srat=srat))
+    env, _ = made(with_bad_srat(srat=srat))
     assert env.all == NONE
 
 
@@ -172,7 +176,7 @@ def test_device_regions_are_neither_boot_ram_nor_hotplug_window() -> None:
 
 
 def env_of(**parts: RangeSet) -> Envelope:
-    return Envelope(*(parts.pop(name, NONE) for name in ("boot", "window", "regions")), "test", **parts)
+    return Envelope(NONE, NONE, NONE, "test")._replace(**parts)
 
 
 def test_system_ram_that_no_source_knows_is_admitted_where_sections_agree() -> None:

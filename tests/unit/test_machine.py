@@ -5,14 +5,17 @@ from __future__ import annotations
 
 import os
 import tempfile
+from pathlib import Path
 
 import pytest
 
 from capture.machine import LiveMachine
 from guard import devmem
+from guard.corefile import CoreFile
 from guard.errors import Error
 from guard.ranges import RangeSet
 from guard.witness.memory import Problems
+from tests.image.machines import vmcore_header
 
 WHY = "table at 0x7000: version 2, expected 1"
 
@@ -65,3 +68,40 @@ def test_firmware_memory_is_shown_by_dev_mem_and_its_file_closed_with_the_machin
     machine.close()
     with pytest.raises(OSError, match="Bad file descriptor"):
         os.fstat(segment.fd)
+
+
+def with_core(path: Path, data: bytes) -> LiveMachine:
+    path.write_bytes(data)
+    machine = live("auto")
+    machine.core = CoreFile(str(path), "/proc/vmcore")
+    machine._fds.append(machine.core.fd)
+    return machine
+
+
+def test_device_dumps_that_came_too_late_are_told(tmp_path: Path) -> None:
+    machine = with_core(tmp_path / "vmcore", vmcore_header([(0, 4096)], bytes(100)))
+    assert machine.late_dumps() == []
+    (tmp_path / "vmcore").write_bytes(vmcore_header([(0, 4096)], bytes(8292)))
+    assert machine.late_dumps() == ["/proc/vmcore: 8192 bytes of device dumps were added too late for this vmcore"]
+    (tmp_path / "vmcore").write_bytes(vmcore_header([(0, 4096), (8192, 16384)], bytes(100)))
+    assert machine.late_dumps() == ["/proc/vmcore: 8192 bytes of memory were added too late for this vmcore"]
+    (tmp_path / "vmcore").write_bytes(b"")
+    assert machine.late_dumps() == [
+        "/proc/vmcore: ends at 0x0, expected 64 bytes at 0x0: whether a driver has added a device dump is not known"
+    ]
+    machine.close()
+
+
+def test_machine_without_the_kernels_vmcore_has_no_late_dumps() -> None:
+    machine = live("auto")
+    assert machine.late_dumps() == []
+    with pytest.raises(Error, match="/proc/vmcore: the kernel made none: it has no notes either"):
+        machine.read_core(64, 0)
+
+
+def test_kernels_own_header_and_notes_are_read_by_offset(tmp_path: Path) -> None:
+    header = vmcore_header([(0, 4096)], b"notes")
+    machine = with_core(tmp_path / "vmcore", header)
+    assert machine.read_core(5, 4096) == b"notes"
+    assert machine.core_header_bytes() == header
+    machine.close()

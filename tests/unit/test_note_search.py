@@ -8,7 +8,7 @@ import re
 import pytest
 
 from capture import note_search, notes
-from capture.note_search import Found, Wanted
+from capture.note_search import Found, Place, Wanted
 from capture.notes import ElfNote
 from guard.ranges import RangeSet
 from guard.witness.memory import Problems
@@ -39,7 +39,8 @@ def find(
 ) -> tuple[Found, list[str]]:
     problems = Problems()
     wanted = Wanted(hint, OWN, None, seconds, provable)
-    return note_search.find(kernel.mem, known, BOOT, wanted, problems, search or NoSearch()), problems
+    place = Place(search or NoSearch(), BOOT)
+    return note_search.find(kernel.mem, known, BOOT, wanted, problems, place), problems
 
 
 def other_kernel() -> tuple[Kernel, Vmcoreinfo]:

@@ -16,7 +16,7 @@ from capture import elfcore
 from capture.elfcore import Load
 from guard import procvmcore
 from guard.errors import SourceError
-from guard.physmem import OldMemory, covered
+from guard.physmem import PREAD, OldMemory, covered
 from guard.procvmcore import ProgramHeader
 from guard.ranges import Range, RangeSet
 from guard.registry import Registry
@@ -62,7 +62,7 @@ def test_segments_show_every_page_that_a_ptload_touches_at_its_place_in_the_file
     built = core(*ranges)
     data = built.header + b"".join(bytes((i,)) * e.size for i, e in enumerate(built.extents, 1))
     fd = open_file(data)
-    segments = procvmcore.segments(fd, procvmcore.read_header(fd, "vmcore"))
+    segments = procvmcore.segments(fd, procvmcore.read_header(fd, "vmcore"), how=PREAD)
     assert covered(segments) == RangeSet(ranges).outer_pages(PAGE)
     memory = OldMemory(segments, Registry())
     assert memory.read(0x5000, 0x1000) == b"\1" * 0x1000
@@ -163,7 +163,7 @@ def test_no_damage_makes_anything_but_our_own_error(changes: list[tuple[int, byt
         except SourceError:
             return
         assert 0 <= header.size <= procvmcore.MAX_HEADER
-        segments = procvmcore.segments(fd, header)
+        segments = procvmcore.segments(fd, header, how=PREAD)
         OldMemory(segments, Registry())
     finally:
         os.close(fd)

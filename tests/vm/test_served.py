@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
 import subprocess
 import sys
@@ -24,6 +26,12 @@ READERS = (
     "makedumpfile -F -d 0 /proc/vmcore > /dev/null",
     "makedumpfile -F -l -d 31 /proc/vmcore > /dev/null",
 )
+
+
+# the flags of each descriptor of /proc/vmcore (fdinfo, octal), whoever has it
+OF_VMCORE = """for fd in /proc/[0-9]*/fd/*; do
+    [ "$(readlink $fd)" != /proc/vmcore ] || sed -n 's/^flags://p' ${fd%/fd/*}/fdinfo/${fd##*/}
+done"""
 
 
 def resize(g: Guest) -> None:
@@ -101,6 +109,19 @@ def test_makedumpfile_mem_usage_accepts_the_saved_vmcore(crashed_guest: MakeCras
     with open(dead.scratch, "rb") as stream:
         loads = [s.header for s in ELFFile(stream).iter_segments("PT_LOAD")]
     assert total == sum(h["p_memsz"] // 4096 for h in loads)
+
+
+def test_kernels_vmcore_is_open_only_while_it_is_read(crashed_guest: MakeCrashedGuest) -> None:
+    """Else a driver could not add its device dump (fs/proc/vmcore.c:vmcore_add_device_dump(), 6.14+)."""
+    g = crashed_guest("7", memory=512 * MiB)
+    for source in ("auto", "vmcore"):
+        g.sh(f"oldmem init -q --source {source} && dd if=/run/oldmem/vmcore.direct of=/dev/null bs=1M count=64")
+        flags = [int(word, 8) for word in g.sh(OF_VMCORE).split()]
+        assert flags
+        assert all(f & os.O_PATH for f in flags)
+        report = json.loads(g.sh("cat /run/oldmem/guard.json"))
+        assert (report["unreadable"], report["late_dumps"]) == ([], [])
+        g.sh("umount /proc/vmcore /run/oldmem")
 
 
 def test_killed_server_gives_the_kernels_own_vmcore_back(crashed_guest: MakeCrashedGuest) -> None:

@@ -208,17 +208,19 @@ class AnyGuest(ABC):
 class Guest(AnyGuest):
     """A stock x86_64 guest.
 
-    *kernel* is one of ``debian.SUITES``; *memory* the boot RAM in bytes, of which *below_4g* lie below 4 GiB and the
-    rest from 4 GiB on; *online* the zone that added memory goes to ("movable": can be unplugged again; "kernel": the
-    kernel uses it for itself too); *oldmem* whether the initramfs has Python and oldmem, *testing* whether it has
-    ``makedumpfile-testing``; *balloon* whether there is a virtio-balloon device (see :meth:`inflate`); *capture* the
-    capture kernel's initramfs, if that is to be another one."""
+    *kernel* is one of ``debian.SUITES``, or one that was built, of which ``modules`` are in the initramfs; *memory*
+    the boot RAM in bytes, of which *below_4g* lie below 4 GiB and the rest from 4 GiB on; *online* the zone that
+    added memory goes to ("movable": can be unplugged again; "kernel": the kernel uses it for itself too); *oldmem*
+    whether the initramfs has Python and oldmem, *testing* whether it has ``makedumpfile-testing``; *balloon* whether
+    there is a virtio-balloon device (see :meth:`inflate`); *capture* the capture kernel's initramfs, if that is to be
+    another one."""
 
     capture_append = "console=ttyS0 irqpoll nr_cpus=1 reset_devices panic=-1 harness.capture"
+    modules: tuple[str, ...] = images.MODULES
 
     def __init__(
         self,
-        kernel: str = "6.12",
+        kernel: str | debian.Kernel = "6.12",
         *,
         memory: int = 768 * MiB,
         below_4g: int = 512 * MiB,
@@ -232,9 +234,9 @@ class Guest(AnyGuest):
         balloon: bool = False,
         capture: bytes | None = None,
     ) -> None:
-        self.kernel = debian.kernel(kernel)
+        self.kernel = debian.kernel(kernel) if isinstance(kernel, str) else kernel
         self.devices = {device.name: device for device in devices}
-        self._initramfs = images.initramfs(kernel, oldmem, testing)
+        self._initramfs = images.initramfs(self.kernel, oldmem, testing, self.modules)
         self._capture_initramfs = self._initramfs if capture is None else capture
         self._memory = memory
         self._below_4g = min(below_4g, memory)

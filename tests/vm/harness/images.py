@@ -15,17 +15,19 @@ from initramfs.kmod import ModuleTree
 from . import debian
 
 INIT = Path(__file__).resolve().parent / "guest" / "init"
-MODULES = ["virtio_pci", "virtio_blk", "virtio_mem", "virtio_balloon", "fuse", "qemu_fw_cfg", "loop"]
+MODULES = ("virtio_pci", "virtio_blk", "virtio_mem", "virtio_balloon", "fuse", "qemu_fw_cfg", "loop")
 DYNAMIC = ("cp", "dd")  # of this machine, for what is put into a collector: busybox is static
 TOOLS = ("/usr/sbin/kexec", "/usr/bin/makedumpfile")
 LEVEL = 3  # the image is made anew for each test run, and one level more or less does not matter to the guest
 
 
 @functools.cache
-def initramfs(generation: str, oldmem: bool = True, testing: bool = False) -> bytes:
-    """Compressed archive for the kernel of *generation*; with *testing* it has makedumpfile-testing too. Raises
+def initramfs(
+    kernel: debian.Kernel, oldmem: bool = True, testing: bool = False, modules: tuple[str, ...] = MODULES
+) -> bytes:
+    """Compressed archive for *kernel*, with *modules* of it; with *testing* it has makedumpfile-testing too. Raises
     FetchError, guard.errors.Error."""
-    kernel, sysroot = debian.kernel(generation), debian.sysroot()
+    sysroot = debian.sysroot()
     builder = Builder(str(debian.cache() / "build"))
     builder.add_init(str(INIT))
     builder.add_busybox(str(sysroot / "usr/bin/busybox"))
@@ -41,16 +43,16 @@ def initramfs(generation: str, oldmem: bool = True, testing: bool = False) -> by
     if testing:
         newer = str(debian.testing_sysroot())
         builder.add_binary("/usr/bin/makedumpfile", sysroot=newer, name="makedumpfile-testing")
-    builder.add_modules(str(kernel.modules), MODULES)
-    _add_module_index(builder, kernel)
+    builder.add_modules(str(kernel.modules), list(modules))
+    _add_module_index(builder, kernel, list(modules))
     return compress(builder.archive(), default_method(), LEVEL)
 
 
-def _add_module_index(builder: Builder, kernel: debian.Kernel) -> None:
+def _add_module_index(builder: Builder, kernel: debian.Kernel, modules: list[str]) -> None:
     """What modprobe needs: packages bring no modules.dep, depmod would make it at installation."""
     tree = ModuleTree(str(kernel.modules))
     lines: list[str] = []
-    for module in tree.load_order(MODULES):
+    for module in tree.load_order(modules):
         needs = [need.path for need in tree.load_order([module.name])][-2::-1]
         lines.append(" ".join([f"{module.path}:", *needs]))
     folder = f"/lib/modules/{kernel.release}"
