@@ -94,8 +94,9 @@ def collect(g: Guest, word: Word, *also: str) -> None:
     before = truth.on_host(g)
     own = truth.iomem(g, "System RAM|RAM buffer") | truth.LOW
     g.sh("oldmem init -q", timeout=400)
+    # to a pipe and to a file, the two ways in which kdump scripts use it; -f: there is a file of that name, the disk
     g.sh("makedumpfile -F -l -d 31 /proc/vmcore 2>/dev/null > /dev/null", timeout=400)
-    g.sh("makedumpfile -E -d 31 /proc/vmcore /dev/scratch > /dev/null 2>&1 && sync", timeout=400)
+    g.sh("makedumpfile -f -E -d 31 /proc/vmcore /dev/scratch > /dev/null 2>&1 && sync", timeout=400)
     for command in also:
         g.sh(command, timeout=400)
     g.sh("oldmem done")

@@ -58,7 +58,7 @@ def test_big_machine_of_a_cloud_with_hot_added_memory_and_errors_in_its_memory(g
         pages = break_huge_pages(g)
         doomed = [int(field.python(g, "flags.py", "free", "1")) * field.PAGE]
     word = field.live_word(g, doomed)
-    assert word.ram.covers(*added)
+    assert (word.ram | word.broken).covers(*added)
     if doomed:
         # bank 4, VAL UC EN MISCV ADDRV PCC, MCIP RIPV, an address that is good for a page (Intel SDM 3B, 17.3.2)
         g.monitor(f"mce 0 4 0xbe00000000000135 0x5 {doomed[0]:#x} 0x8c")
@@ -92,6 +92,11 @@ def test_micro_vm_whose_kernel_used_less_than_half_of_its_memory(guest: MakeGues
     g.crash()
 
     told = field.check_map(g, word)
+    assert not told["sources"]["fw_cfg"]["available"]
+    assert field.refused(told, "hwpoison") == word.broken
+    g.sh("modprobe qemu_fw_cfg")  # from here on firmware tells of all the memory that the machine has
+    told = field.check_map(g, word)
+    assert told["sources"]["fw_cfg"]["available"]
     assert field.refused(told, "hwpoison") == word.broken
     field.collect(g, word, "cp /proc/vmcore /dev/null")
 
