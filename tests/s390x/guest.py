@@ -10,7 +10,8 @@ from tests.s390x import images, kernel, pieces
 from tests.s390x.images import Contents
 from tests.vm.harness import Device, MiB
 from tests.vm.harness.guest import AnyGuest
-from tests.vm.harness.qemu import Hardware, Qemu, ram_backend, virtio_mem
+from tests.vm.harness.hardware import ram_backend, virtio_mem
+from tests.vm.harness.qemu import Hardware, Qemu
 
 CONSOLE = "console=ttysclp0"
 # QEMU aligns the region of a memory device to its size, at most to that of a page table of the host

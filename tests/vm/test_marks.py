@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from guard.ranges import RangeSet
+from tests.vm import truth
 from tests.vm.conftest import MakeGuest
 from tests.vm.harness import Device, Guest, MiB
 
@@ -52,15 +53,6 @@ def told_before(g: Guest) -> dict[str, RangeSet]:
     return {name: RangeSet(found) for name, found in runs.items()}
 
 
-def on_host(g: Guest) -> RangeSet:
-    """Guest-physical memory that the host has populated."""
-    found: list[tuple[int, int]] = []
-    for file in g.ram_files:
-        held = g.extents(file.name) & RangeSet([(file.offset, file.offset + file.size)])
-        found += [(a - file.offset + file.paddr, b - file.offset + file.paddr) for a, b in held]
-    return RangeSet(found)
-
-
 @pytest.mark.parametrize("kernel", ["6.1", "6.12", "7"])
 def test_refused_is_what_the_live_kernel_had_marked_and_nothing_else(guest: MakeGuest, kernel: str) -> None:
     device = Device("vm0", 1024 * MiB, 384 * MiB)
@@ -74,7 +66,7 @@ def test_refused_is_what_the_live_kernel_had_marked_and_nothing_else(guest: Make
     before = told_before(g)
     assert before["hwpoison"] == RangeSet((pfn * PAGE, (pfn + 1) * PAGE) for pfn in broken)
     assert before["offline"].size >= BALLOON
-    given_back = before["offline"] - on_host(g)
+    given_back = before["offline"] - truth.on_host(g)
     g.crash()
 
     told = json.loads(g.sh("oldmem map --json 2>/dev/null"))
@@ -91,4 +83,4 @@ def test_refused_is_what_the_live_kernel_had_marked_and_nothing_else(guest: Make
 
     g.sh("oldmem init -q && cp /proc/vmcore /dev/null", timeout=300)
     assert given_back.size >= BALLOON // 2
-    assert not on_host(g) & given_back
+    assert not truth.on_host(g) & given_back

@@ -8,11 +8,9 @@ import os
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import drgn
 from elftools.elf.elffile import ELFFile
-from elftools.elf.segments import NoteSegment
 
 from tests.vm import truth
 from tests.vm.conftest import MakeCrashedGuest, MakeGuest
@@ -42,13 +40,6 @@ def resize(g: Guest) -> None:
 def populated(g: Guest) -> int:
     """Bytes of host memory behind the devices beyond what is plugged."""
     return sum(g.allocated(name) - plugged.size for name, plugged in g.plug_truth().items())
-
-
-def vmcoreinfo(file: Path) -> dict[str, str]:
-    with open(file, "rb") as stream:
-        notes = [n for s in ELFFile(stream).iter_segments() if isinstance(s, NoteSegment) for n in s.iter_notes()]
-    data = next(n["n_descdata"] for n in notes if n["n_name"] == "VMCOREINFO")
-    return dict(line.split("=", 1) for line in data.decode().splitlines())
 
 
 def test_guarded_collectors_populate_nothing_and_unguarded_ones_hundreds_of_mib(
@@ -86,7 +77,7 @@ def test_saved_vmcore_has_every_cpu_and_reads_as_the_dead_kernel(crashed_guest: 
     assert checked.returncode == 0, checked.stdout
     assert "2 NT_PRSTATUS" in checked.stdout
 
-    info = vmcoreinfo(saved)
+    info = truth.vmcoreinfo(saved)
     program = drgn.Program()
     program.set_core_dump(saved)
     uts = int(info["SYMBOL(init_uts_ns)"], 16) + int(info["OFFSET(uts_namespace.name)"])

@@ -16,7 +16,7 @@ from guard.ranges import RangeSet
 from tests.vm import truth
 from tests.vm.conftest import MakeGuest
 from tests.vm.harness import GENERATIONS, Device, Guest, MiB
-from tests.vm.test_marks import BALLOON, FLAGS, on_host, poison
+from tests.vm.test_marks import BALLOON, FLAGS, poison
 
 DEVICES = (Device("vm0", 1024 * MiB, 256 * MiB), Device("vm1", 512 * MiB, 256 * MiB, block_size=4 * MiB))
 ROOM: dict[str, Any] = {"memory": 1024 * MiB, "below_4g": 768 * MiB, "crashkernel": "320M"}
@@ -46,7 +46,7 @@ def checksums(g: Guest, old: RangeSet) -> dict[int, int]:
     """Of each MiB of *old*, by the host's files, that is not all zeros."""
     found = {}
     with g.paused():
-        for start, end in on_host(g).outer_pages(MiB) & old:
+        for start, end in truth.on_host(g).outer_pages(MiB) & old:
             for at in range(start, end, MiB):
                 data = truth.host_bytes(g, at, min(MiB, end - at))
                 if any(data):
@@ -79,7 +79,7 @@ def test_kernel_serves_what_the_guard_lets_pass_and_old_memory_is_as_it_was(
     readable = RangeSet((start, end) for start, end in told["readable"])
     of_the_kernel = notes(head(g))
     g.put_boot_files()
-    before, populated = checksums(g, old), on_host(g) & (old - readable)
+    before, populated = checksums(g, old), truth.on_host(g) & (old - readable)
 
     g.next_stage("oldmem stage2")
     g.sh("test $(grep -c virtio_mem /proc/modules) -eq 0")
@@ -93,14 +93,14 @@ def test_kernel_serves_what_the_guard_lets_pass_and_old_memory_is_as_it_was(
     assert notes(served) == of_the_kernel
     assert b"CRASHTIME=" in of_the_kernel
     g.sh("cp /proc/vmcore /dev/null", timeout=200)
-    assert on_host(g) & (old - readable) == populated, "reading populated memory that was refused"
+    assert truth.on_host(g) & (old - readable) == populated, "reading populated memory that was refused"
     assert checksums(g, old) == before
 
     said = g.sh("oldmem init")
     assert said.startswith("oldmem: the kernel serves the guarded vmcore at /proc/vmcore")
     assert g.sh("grep -c ^virtio_mem /proc/modules").strip() == "1", "a second gate"
     g.sh("cp /proc/vmcore /dev/null", timeout=200)
-    assert on_host(g) & (old - readable) == populated
+    assert truth.on_host(g) & (old - readable) == populated
     report = json.loads(g.sh("cat /run/oldmem/guard.json"))
     assert {"capture kernel", "PageOffline"} <= {rule["name"] for rule in report["rules"] if rule["refused_bytes"]}
     assert checksums(g, old) == before

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from elftools.elf.elffile import ELFFile
+from elftools.elf.segments import NoteSegment
 
 from guard.ranges import Range, RangeSet
 from tests.vm.harness import Guest
@@ -54,6 +55,23 @@ def pt_loads(file: Path) -> list[tuple[int, Range]]:
         for h in headers
         if h["p_vaddr"] < 0xFFFFFFFF80000000
     ]
+
+
+def vmcoreinfo(file: Path) -> dict[str, str]:
+    """The note's lines, by pyelftools."""
+    with open(file, "rb") as stream:
+        notes = [n for s in ELFFile(stream).iter_segments() if isinstance(s, NoteSegment) for n in s.iter_notes()]
+    data = next(n["n_descdata"] for n in notes if n["n_name"] == "VMCOREINFO")
+    return dict(line.split("=", 1) for line in data.decode().splitlines())
+
+
+def on_host(g: Guest) -> RangeSet:
+    """Guest-physical memory that the host has populated."""
+    found: list[tuple[int, int]] = []
+    for file in g.ram_files:
+        held = g.extents(file.name) & RangeSet([(file.offset, file.offset + file.size)])
+        found += [(a - file.offset + file.paddr, b - file.offset + file.paddr) for a, b in held]
+    return RangeSet(found)
 
 
 def host_bytes(g: Guest, paddr: int, size: int) -> bytes:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The stock Debian pieces that the guests are made of, downloaded once into a cache folder (``OLDMEM_CACHE``, default
-``.cache/vm`` in the repository): the cloud kernels of three generations, and a trixie sysroot with kexec,
-makedumpfile and busybox."""
+``.cache/vm`` in the repository): the cloud kernels of three generations, a trixie sysroot with kexec, makedumpfile and
+busybox, and OVMF."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ METAPACKAGE = "linux-image-cloud-amd64"
 KERNEL_PACKAGE = re.compile(r"linux-(image|modules|binary|base)-\d")
 SYSROOT_SUITE = "trixie"
 SYSROOT_PACKAGES = ("kexec-tools", "makedumpfile", "busybox-static")
+OVMF_PACKAGES = ("ovmf",)
 TESTING_PACKAGES = ("makedumpfile",)
 
 
@@ -59,6 +60,13 @@ def testing_sysroot() -> Path:
     return _unpacked("testing", "testing", TESTING_PACKAGES)
 
 
+def ovmf() -> Path:
+    """EFI firmware for QEMU's PCs, code and an empty variable store in one image. Raises FetchError."""
+    store = Cache(cache())
+    root = store.piece("ovmf", lambda into: unpack(store.suite(SYSROOT_SUITE).download(OVMF_PACKAGES), into))
+    return root / "usr/share/ovmf/OVMF.fd"
+
+
 def _unpacked(name: str, suite: str, packages: tuple[str, ...]) -> Path:
     store = Cache(cache())
     return store.piece(name, lambda into: unpack(store.suite(suite).download_closure(packages), into))
@@ -82,3 +90,4 @@ def prefetch() -> None:
     for generation in SUITES:
         kernel(generation)
     sysroot()
+    ovmf()

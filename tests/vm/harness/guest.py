@@ -5,6 +5,7 @@ carry the last lines of the guest's console."""
 from __future__ import annotations
 
 import io
+import re
 import subprocess
 import tarfile
 import tempfile
@@ -19,13 +20,18 @@ from typing import Literal, Self
 from guard.ranges import RangeSet
 
 from . import debian, images, memory
-from .memory import Device, GiB, MiB, Plugged, RamFile
-from .qemu import Qemu, pc
+from .hardware import Board, Machine, microvm, q35
+from .memory import Device, Dimm, GiB, MiB, Plugged, RamFile
+from .qemu import Qemu
 from .serial import ConsoleError, Ready, Result, Serial
 
 BOOT_TIMEOUT = 180.0
 SETTLE = 6.0  # longer than the driver's first retry of a refused request (virtio_mem: 5 s)
 FRAGMENT = Path(__file__).resolve().parent / "guest" / "fragment.py"
+# ACPI's "hardware reduced" keeps the kernel from the one timer that it could calibrate the TSC with, and only KVM would
+# tell its frequency. A wrong one makes the guest's clock run at another pace, nothing else. The only watchdog left for it
+# are jiffies, which lag on a busy host: it would call the TSC unstable, and without it timers do not run.
+MICROVM_APPEND = " tsc_early_khz=2500000 tsc=reliable"
 KEEP = 160  # one pipe of 64 KiB in 10 MiB
 
 
@@ -132,8 +138,18 @@ class AnyGuest(ABC):
     def crash(self, timeout: float = BOOT_TIMEOUT, command: str = "echo c > /proc/sysrq-trigger") -> Ready:
         """Crashes the kernel by *command* and waits for the capture kernel's shell. Raises ConsoleError."""
         self.serial.send(command)
+        return self.wait_crashed(timeout)
+
+    def wait_crashed(self, timeout: float = BOOT_TIMEOUT) -> Ready:
+        """Waits for the shell of the next kernel, where something else than :meth:`crash` ends the running one.
+        Raises ConsoleError."""
         self.ready = self.serial.wait_ready(timeout)
         return self.ready
+
+    def monitor(self, command: str) -> str:
+        """What QEMU's monitor answers to *command* (``info mtree -f``, ``mce ...``). Raises QmpError."""
+        answer: str = self._qemu.qmp.command("human-monitor-command", **{"command-line": command})
+        return answer.replace("\r", "")
 
     def next_stage(self, command: str, timeout: float = 60) -> Ready:
         """Has the capture kernel go to another one by *command*, and waits for that one's shell. Raises ConsoleError,
@@ -157,10 +173,19 @@ class AnyGuest(ABC):
         )
         return self.resize(name, size)
 
+    def ram_map(self) -> RangeSet:
+        """Physical addresses at which a CPU finds RAM now, as QEMU has them (``info mtree -f``)."""
+        views = self.monitor("info mtree -f").split("FlatView #")
+        (view,) = (v for v in views if re.search(r'^ AS "memory", root: system$', v, re.M))
+        lines = re.findall(r"^ +([0-9a-f]+)-([0-9a-f]+) \(prio -?\d+, ram\)", view, re.M)
+        return RangeSet((int(first, 16), int(last, 16) + 1) for first, last in lines)
+
     def plug_truth(self) -> dict[str, Plugged]:
         """QEMU's own word on each virtio-mem device."""
         truth: dict[str, Plugged] = {}
         for item in self._qemu.qmp.command("query-memory-devices"):
+            if item["type"] != "virtio-mem":
+                continue
             data = item["data"]
             truth[data["id"]] = Plugged(
                 data["memaddr"], data["size"], data["requested-size"], data["max-size"], data["block-size"]
@@ -213,7 +238,11 @@ class Guest(AnyGuest):
     added memory goes to ("movable": can be unplugged again; "kernel": the kernel uses it for itself too); *oldmem*
     whether the initramfs has Python and oldmem, *testing* whether it has ``makedumpfile-testing``; *balloon* whether
     there is a virtio-balloon device (see :meth:`inflate`); *capture* the capture kernel's initramfs, if that is to be
-    another one."""
+    another one.
+
+    What the machine tells of itself: *machine* ("microvm" has no PCI, SMBIOS or SRAT), *firmware*, *hint* (QEMU's
+    vmcoreinfo device), *fw_cfg* (whether init loads qemu_fw_cfg), *numa* (a SRAT), *tables* (ACPI tables by name that
+    both kernels take instead of the firmware's or in addition to it); *dimms* get slots, see :meth:`plug`."""
 
     capture_append = "console=ttyS0 irqpoll nr_cpus=1 reset_devices panic=-1 harness.capture"
     modules: tuple[str, ...] = images.MODULES
@@ -225,6 +254,7 @@ class Guest(AnyGuest):
         memory: int = 768 * MiB,
         below_4g: int = 512 * MiB,
         devices: Sequence[Device] = (),
+        dimms: Sequence[Dimm] = (),
         crashkernel: str = "192M",
         smp: int = 2,
         online: Literal["movable", "kernel"] = "movable",
@@ -233,25 +263,45 @@ class Guest(AnyGuest):
         testing: bool = False,
         balloon: bool = False,
         capture: bytes | None = None,
+        machine: Machine = "q35",
+        firmware: Literal["seabios", "ovmf"] = "seabios",
+        hint: bool = True,
+        fw_cfg: bool = True,
+        numa: bool = True,
+        tables: Mapping[str, bytes] | None = None,
     ) -> None:
         self.kernel = debian.kernel(kernel) if isinstance(kernel, str) else kernel
         self.devices = {device.name: device for device in devices}
-        self._initramfs = images.initramfs(self.kernel, oldmem, testing, self.modules)
-        self._capture_initramfs = self._initramfs if capture is None else capture
-        self._memory = memory
-        self._below_4g = min(below_4g, memory)
-        self._smp = smp
-        self._balloon = balloon
+        self.dimms = {dimm.name: dimm for dimm in dimms}
+        upgrades = images.table_upgrades(tables or {})
+        self._initramfs = upgrades + images.initramfs(self.kernel, oldmem, testing, self.modules)
+        self._capture_initramfs = self._initramfs if capture is None else upgrades + capture
+        bios = debian.ovmf() if firmware == "ovmf" else None
+        below_4g = min(below_4g, memory)
+        self._board = Board(memory, below_4g, smp, devices, dimms, balloon, hint, numa, bios)
+        self._make = microvm if machine == "microvm" else q35
         options = f"console=ttyS0 panic=-1 crashkernel={crashkernel} memhp_default_state=online_{online}"
-        self._append = f"{options} {append}".rstrip()
+        both = ("" if fw_cfg else " harness.no_fw_cfg") + (MICROVM_APPEND if machine == "microvm" else "")
+        self.capture_append += both
+        self._append = f"{options}{both} {append}".rstrip()
 
     @property
     def _capture(self) -> tuple[Path, bytes]:
         return self.kernel.vmlinuz, self._capture_initramfs
 
     def _start(self) -> Qemu:
-        hardware = pc(self._memory, self._below_4g, tuple(self.devices.values()), self._smp, self._balloon)
+        hardware = self._make(self._board)
         return Qemu(hardware, vmlinuz=self.kernel.vmlinuz, initramfs=self._initramfs, append=self._append)
+
+    def plug(self, name: str) -> RamFile:
+        """Puts the module *name* of *dimms* into its slot; the guest's kernel brings it online by itself, soon after.
+        Returns where it is. Raises QmpError."""
+        size = self.dimms[name].size
+        backend = {"size": size, "mem-path": name, "share": True}
+        self._qemu.qmp.command("object-add", **{"qom-type": "memory-backend-file", "id": f"mem-{name}", **backend})
+        node = {"node": 0} if self._board.numa else {}
+        self._qemu.qmp.command("device_add", driver="pc-dimm", id=name, memdev=f"mem-{name}", **node)
+        return next(file for file in self.ram_files if file.name == name)
 
     def put_boot_files(self) -> None:
         """Copies kernel and initramfs to where ``oldmem stage2`` looks for a Debian machine's."""
@@ -272,11 +322,17 @@ class Guest(AnyGuest):
 
     @property
     def ram_files(self) -> tuple[RamFile, ...]:
-        """Where the host finds each physical address: boot RAM below and above 4 GiB, then the devices' regions."""
+        """Where the host finds each physical address: boot RAM below and above 4 GiB, then the devices' regions and
+        the modules that are plugged."""
+        memory, below = self._board.memory, self._board.below_4g
         ram = self._qemu.ram_path("ram")
-        files = [RamFile("ram", ram, 0, 0, self._below_4g)]
-        if self._memory > self._below_4g:
-            files.append(RamFile("ram", ram, self._below_4g, 4 * GiB, self._memory - self._below_4g))
+        files = [RamFile("ram", ram, 0, 0, below)]
+        if memory > below:
+            files.append(RamFile("ram", ram, below, 4 * GiB, memory - below))
         for name, truth in self.plug_truth().items():
             files.append(RamFile(name, self._qemu.ram_path(name), 0, truth.memaddr, truth.max_size))
+        for item in self._qemu.qmp.command("query-memory-devices"):
+            if item["type"] == "dimm":
+                data = item["data"]
+                files.append(RamFile(data["id"], self._qemu.ram_path(data["id"]), 0, data["addr"], data["size"]))
         return tuple(files)

@@ -6,8 +6,11 @@ cp-dynamic and dd-dynamic."""
 from __future__ import annotations
 
 import functools
+import stat
+from collections.abc import Mapping
 from pathlib import Path
 
+from capture import newc
 from initramfs.builder import Builder
 from initramfs.compress import compress, default_method
 from initramfs.kmod import ModuleTree
@@ -15,7 +18,10 @@ from initramfs.kmod import ModuleTree
 from . import debian
 
 INIT = Path(__file__).resolve().parent / "guest" / "init"
-MODULES = ("virtio_pci", "virtio_blk", "virtio_mem", "virtio_balloon", "fuse", "qemu_fw_cfg", "loop")
+MODULES = (
+    *("virtio_pci", "virtio_mmio", "virtio_blk", "virtio_mem", "virtio_balloon", "fuse", "qemu_fw_cfg", "loop"),
+    *("dax_hmem", "device_dax", "kmem", "nd_e820", "nd_pmem", "dax_pmem"),
+)
 DYNAMIC = ("cp", "dd")  # of this machine, for what is put into a collector: busybox is static
 TOOLS = ("/usr/sbin/kexec", "/usr/bin/makedumpfile")
 LEVEL = 3  # the image is made anew for each test run, and one level more or less does not matter to the guest
@@ -46,6 +52,14 @@ def initramfs(
     builder.add_modules(str(kernel.modules), list(modules))
     _add_module_index(builder, kernel, list(modules))
     return compress(builder.archive(), default_method(), LEVEL)
+
+
+def table_upgrades(tables: Mapping[str, bytes]) -> bytes:
+    """An archive for the front of an initramfs, from which the kernel takes ACPI *tables* before it reads the
+    firmware's (drivers/acpi/tables.c:acpi_table_upgrade(); Documentation/admin-guide/acpi/initrd_table_override.rst):
+    instead of one with the same identifiers and a lower OEM revision. It must not be compressed."""
+    entries = [newc.Entry(f"kernel/firmware/acpi/{n}.aml", stat.S_IFREG | 0o644, data) for n, data in tables.items()]
+    return newc.archive(entries) if entries else b""
 
 
 def _add_module_index(builder: Builder, kernel: debian.Kernel, modules: list[str]) -> None:

@@ -24,6 +24,13 @@ class Device(NamedTuple):
     block_size: int = 2 * MiB
 
 
+class Dimm(NamedTuple):
+    """A memory module with a slot in a guest that :meth:`Guest.plug` puts it into; bytes."""
+
+    name: str
+    size: int
+
+
 class Plugged(NamedTuple):
     """What QEMU knows of a virtio-mem device (query-memory-devices): first physical address of its region, bytes
     plugged, bytes requested, bytes at most, bytes per block."""

@@ -12,18 +12,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from .memory import Device, MiB
+from .memory import MiB
 from .qmp import Qmp, QmpError
 
 PROGRAM = "qemu-system-x86_64"
-# The TCG of QEMU 7.2 spoils EFLAGS where an interrupt follows cmpxchg16b: one boot in twenty ends with an oops in
-# __kmalloc. Without cx16 the kernel does not use it. With thread=multi, or -cpu max, 7.x still oopses now and then.
-ACCELERATOR = "tcg,thread=single"
-CPU = "qemu64,-cx16"
 SHM = Path("/dev/shm")
 TOOLS_SIZE = 256 * MiB
 SCRATCH_SIZE = 8192 * MiB
-ALIGNMENT_SLACK = 1024 * MiB  # q35 aligns the region of each memory device, to 1 GiB at most
 
 
 class QemuError(Exception):
@@ -129,35 +124,6 @@ class Qemu:
     def _remove_files(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
         self._reaper.communicate()
-
-
-def pc(memory: int, below_4g: int, devices: Sequence[Device], smp: int, balloon: bool) -> Hardware:
-    """An x86_64 machine with *memory* bytes of boot RAM, and a virtio-balloon device if so wished."""
-    most = memory + sum(device.size + ALIGNMENT_SLACK for device in devices)
-    options = ["-accel", ACCELERATOR, "-cpu", CPU, "-smp", str(smp), "-device", "vmcoreinfo"]
-    options += ["-machine", f"q35,max-ram-below-4g={below_4g}", "-m", f"{memory // MiB}M,maxmem={most // MiB}M"]
-    options += ram_backend(memory)
-    options += ["-numa", f"node,nodeid=0,memdev=ram,cpus=0-{smp - 1}"]  # without a node there is no SRAT
-    for device in devices:
-        options += virtio_mem("virtio-mem-pci", device, node=0)
-    if balloon:
-        options += ["-device", "virtio-balloon-pci"]
-    return Hardware([PROGRAM], options, ["-serial", "chardev:console"], "virtio-blk-pci")
-
-
-def ram_backend(memory: int) -> list[str]:
-    """Boot RAM in a file of QEMU's folder."""
-    return ["-object", f"memory-backend-file,id=ram,size={memory},mem-path=ram,share=on"]
-
-
-def virtio_mem(kind: str, device: Device, **properties: object) -> list[str]:
-    """*device* as QEMU's device type *kind*, its memory in a file of QEMU's folder."""
-    name, size, requested, block_size = device
-    backend = f"memory-backend-file,id=mem-{name},size={size},mem-path={name},share=on,reserve=off"
-    # prealloc: a plugged block is populated at once, so the file's extents are the plug bitmap
-    words = [f"{kind},id={name},memdev=mem-{name},block-size={block_size},prealloc=on,requested-size={requested}"]
-    words += [f"{key}={value}" for key, value in properties.items()]
-    return ["-object", backend, "-device", ",".join(words)]
 
 
 def missing() -> str | None:
