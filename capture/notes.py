@@ -119,7 +119,7 @@ def listed_by(mem: Memory, addr: int) -> list[Listed]:
     name = f"prepared header at {addr:#x}"
 
     def read(size: int, offset: int) -> bytes:
-        if offset + size > _MAX_PREPARED:
+        if offset + size > min(_MAX_PREPARED, (1 << 64) - addr):
             raise SourceError(f"{name}: {size} bytes at offset {offset:#x} are beyond its end")
         try:
             return mem.read(addr + offset, size)

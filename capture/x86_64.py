@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from capture import compatibility, envelope, memory_map, note_search, notes, programs, x86_platform
 from capture.arch import Arch, Shape
+from capture.dump import CUT, PRELOADED
 from capture.elfcore import Load
 from capture.sources import report
 from guard import procvmcore
@@ -63,6 +64,8 @@ class X86_64(Arch):
     def hear(self, dump: Dump) -> None:
         self._hear_header(dump)
         self.dead = self._find_dead(dump)
+        if dump.mode == PRELOADED:
+            self.notes = ()  # nothing is made of them
         if self.dead:
             self._hear_witness(dump, self.dead)
         else:
@@ -274,7 +277,7 @@ class X86_64(Arch):
 
     def _served_info(self, dump: Dump, info: Vmcoreinfo) -> Vmcoreinfo:
         """*info*, with lines for older collectors where the header is ours; tells what no line can help."""
-        if self.compatibility and dump.layout == "cut":
+        if self.compatibility and dump.layout == CUT:
             self.added = tuple(compatibility.missing(info))
         if self.added:
             info = compatibility.with_lines(info, self.added)

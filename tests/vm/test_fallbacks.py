@@ -82,9 +82,18 @@ def test_init_refuses_where_virtio_mem_would_unplug_everything(crashed_guest: Ma
     g.sh("test ! -d /run/oldmem")
 
 
-def test_vmcoreinfo_is_found_by_searching_where_firmware_does_not_tell(crashed_guest: MakeCrashedGuest) -> None:
+def test_nothing_is_searched_where_the_kernels_own_header_has_the_note(crashed_guest: MakeCrashedGuest) -> None:
     g = crashed_guest(devices=DEVICES, load="s")
     g.sh("oldmem header -q --layout kernel -o /tmp/told; rmmod qemu_fw_cfg")
+    output = g.sh("oldmem header -v --layout kernel -o /tmp/ours 2>&1")
+    assert "searching" not in output
+    g.sh("cmp /tmp/told /tmp/ours")
+
+
+def test_vmcoreinfo_is_found_by_searching_where_nothing_tells(crashed_guest: MakeCrashedGuest) -> None:
+    append = "elfcorehdr=0xfffffffffffffffe iomem=relaxed"  # as above: there is no header of the kernel's
+    g = crashed_guest(devices=DEVICES, load="s", load_append=append)
+    g.sh("modprobe qemu_fw_cfg; oldmem header -q --layout kernel -o /tmp/told; rmmod qemu_fw_cfg")
     output = g.sh("oldmem header --layout kernel -o /tmp/searched 2>&1", timeout=200)
-    assert "found by searching" in output
+    assert "(it proves itself)" in output
     g.sh("cmp /tmp/told /tmp/searched")
