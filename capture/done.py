@@ -24,8 +24,8 @@ _PIECE = 1 << 20
 
 def end(folder: str = FOLDER, over: str = procvmcore.PATH) -> list[str]:
     """End the service at *folder* and over the file *over*, if there is one; a line for all that the vmcore lacked,
-    that reads lost, or that drivers added too late. To be called again it needs nothing but the reports. Raises Error where no report is to be had: then
-    nothing tells what was lost."""
+    that reads lost, or that drivers added too late. To be called again it needs nothing but the reports. Raises Error
+    where no report is to be had: then nothing tells what was lost."""
     device = mounted_device(folder)
     try:
         reports = {name: _read(f"{folder}/{name}") for name in (GUARD, MAP)}

@@ -8,7 +8,7 @@ kernel used as System RAM, and drops what nobody but the kernel's header had cal
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from itertools import combinations
 from typing import NamedTuple
 
@@ -27,10 +27,11 @@ class Envelope(NamedTuple):
     """What may be RAM at all, as sets of bytes, physical.
 
     *boot* is RAM that firmware told of, *window* where more may have been plugged (DIMMs), *regions* virtio-mem.
-    *disputed* is called RAM by one source where another one speaks against it, *heard* by the kernel's own header alone:
-    the dead kernel's records are looked up there too, but it is dumped only if they confirm it. *admitted* is System RAM
-    of the dead kernel that no source here knows of. Outside lie *no_ram*, which is known to be something else,
-    *decoded*, which a bus may decode and no source calls RAM, and *absent*, of which a recorded machine has no image."""
+    *disputed* is called RAM by one source where another one speaks against it, *heard* by the kernel's own header
+    alone: the dead kernel's records are looked up there too, but it is dumped only if they confirm it. *admitted* is
+    System RAM of the dead kernel that no source here knows of. Outside lie *no_ram*, which is known to be something
+    else, *decoded*, which a bus may decode and no source calls RAM, and *absent*, of which a recorded machine has no
+    image."""
 
     boot: RangeSet
     window: RangeSet
@@ -113,7 +114,7 @@ def envelope(
         if not header_by_kernel:
             problems.note("no firmware source tells of boot RAM; the preloaded header's PT_LOADs are taken for it")
     no_ram, special = _other_uses(reports)
-    # host bridges can decode, and system boards reserve, what is RAM: the capture kernel's tree has none of it to object
+    # a host bridge may decode, a system board reserve, what is RAM: no RAM in the capture kernel's tree objects
     decoded = reports["iomem"].ranges(report.BUS_WINDOW) - claims.by_two
     out = regions | no_ram | special
     boot -= out | decoded

@@ -195,8 +195,8 @@ class X86_64(Arch):
         return kept
 
     def _hear_marks(self, dump: Dump, dead: DeadKernel) -> None:
-        """Pages that the dead kernel itself would not have touched: offline sections, marks in struct pages, the address
-        of a fatal machine check. Each rule stands on its own evidence, whatever the resource tree says."""
+        """Pages that the dead kernel itself would not have touched: offline sections, marks in struct pages, the
+        address of a fatal machine check. Each rule stands on its own evidence, whatever the resource tree says."""
         if self.machine.machine_checks is None:
             self.machine.machine_checks = dead.machine_checks()
         checks = self.machine.machine_checks & dump.envelope.all

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What may be RAM: each source's right to add and to take away, whatever the others say; the table of docs/design.md."""
+"""What may be RAM: each source's right to add and to take away, whatever the others say."""
 
 from __future__ import annotations
 

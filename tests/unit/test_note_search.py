@@ -160,7 +160,8 @@ def test_end_of_the_time_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     found, (line,) = find(kernel, [], None, whole(kernel), seconds=1e-9)
     assert found.info is None
     assert line == (
-        "no VMCOREINFO note in 1 of 32 MiB of old memory: the time for it was over (--search-time): no notes, no symbols"
+        "no VMCOREINFO note in 1 of 32 MiB of old memory: the time for it was over (--search-time): "
+        "no notes, no symbols"
     )
 
 
