@@ -567,7 +567,7 @@ def test_status_is_4_where_a_plug_in_without_an_answer_costs_ram(tmp_path: Path,
         4,
         [
             f"rule plug-in dies:rule ended its process with status 1; all of {Range(*lost)} is refused",
-            f"{Range(*lost)} was RAM and is zeros: no source shows it, or nothing tells its state",
+            f"{Range(*lost)} is lost: nothing tells its state",
         ],
     )
 

@@ -137,7 +137,7 @@ def test_what_would_be_done_is_told_line_by_line(
     assert (
         "load: by kexec_file_load(2) if it tells its segments, else by kexec -c; none may lie over the header" in lines
     )
-    assert lines[-1] == f"left out: {device.plugged}, of which nothing tells what is plugged"
+    assert lines[-1] == f"left out: {device.plugged}, whose state nothing tells"
 
 
 # ---- going
