@@ -93,6 +93,8 @@ class Dump:
         self.exact = ExactMemory(self.memory, machine.touched)
         if plugins:
             self._ask(plugins)
+        self.early_rules = tuple(self.registry)
+        """Those in force before the dead kernel was heard: it was read by them."""
         self.arch.hear(self)
         self.core = self._preloaded() if self.mode == PRELOADED else self._dynamic()
         self.vmcore = Vmcore(self.core, self.memory)

@@ -9,20 +9,19 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 
 from capture import record_files
 from capture.dump import Dump
 from capture.recorded import CAPTURE_KERNEL, FILE, RamImage, RecordedMachine, VirtioMemState, save
 from capture.sources import report
+from capture.sources.files import Seen
 from guard.errors import Error
 from guard.procvmcore import PATH as PROC_VMCORE
 from guard.ranges import RangeSet
 
 FOUR_GIB = 1 << 32
 ROOT = "root"
-
-Seen = Mapping[str, bytes | None]
 
 
 def ram_images(boot: RangeSet) -> list[RamImage]:

@@ -9,8 +9,9 @@ structures stay where they are, and messages on them what they are."""
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from struct import Struct
+
+from capture.sources.files import Seen
 
 _DMI = "sys/firmware/dmi/"
 _HEADER = Struct("<BBH")
@@ -24,13 +25,13 @@ FOR_PEOPLE = ("proc/version",)
 """What no source reads, and who looks at a record wants to know first."""
 
 
-def write(folder: str, root: str, seen: Mapping[str, bytes | None]) -> int:
+def write(folder: str, root: str, seen: Seen) -> int:
     """Write *seen* into *folder*, and of the files below *root* those FOR_PEOPLE; returns how many files there are."""
     files = dict(seen)
     for name in FOR_PEOPLE:
-        data = _read(os.path.join(root, name))
-        if data is not None:
-            files[name] = data
+        found = _read(os.path.join(root, name))
+        if found is not None:
+            files[name] = found
     os.makedirs(folder, exist_ok=True)
     count = 0
     for name, data in files.items():
@@ -40,8 +41,11 @@ def write(folder: str, root: str, seen: Mapping[str, bytes | None]) -> int:
             continue
         os.makedirs(os.path.dirname(path), exist_ok=True)
         with open(path, "wb") as file:
+            if isinstance(data, int):
+                file.truncate(data)
+                continue
             file.write(nameless(data) if name.startswith(_DMI) else data)
-        count += 1
+            count += 1
     return count
 
 

@@ -6,6 +6,7 @@ go back to back into one image, and the ranges that they are of say which they h
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Iterator
 from typing import BinaryIO, NamedTuple
 
@@ -24,7 +25,39 @@ from guard.witness.pagewalk import x86_64
 IMAGE = "pages.raw"
 MAX_RUNS = 1 << 18
 """Runs of pages in one record: machine.json may have 16 MiB. A machine of 16 TiB has some ten thousand."""
+HARDWARE_ERRORS = ("hwpoison", "machine check")
+"""Rules whose pages are never read again."""
 _PIECE = 1 << 20
+
+
+class Reader:
+    """Old memory as the witness read it, to be read once more: most of its pages as anything is read; some that its own
+    records refuse in the end (an offline section, say) by the rules of before; *firmware*, which was read already, from
+    firmware. A page with a hardware error is not tried again."""
+
+    def __init__(self, dump: Dump, firmware: RangeSet) -> None:
+        page_size = dump.machine.page_size
+        self.early = Registry(page_size)
+        for rule in dump.early_rules:
+            self.early.register(rule)
+        for rule in dump.registry:
+            if rule.name in HARDWARE_ERRORS:
+                self.early.register(rule)
+        tables = Registry(page_size)
+        tables.register(allow_rule("firmware", WHOLE, firmware, "not read before", page_size))
+        try:
+            segments = dump.machine.firmware_segments(firmware) if firmware else []
+        except SourceError:
+            segments = []
+        ways = (dump.exact.untracked(), ExactMemory(OldMemory(dump.memory.segments, self.early)))
+        self._ways = (*ways, ExactMemory(OldMemory(segments, tables)))
+
+    def read(self, paddr: int, size: int) -> bytes:
+        """As guard.witness.memory.Memory."""
+        for way in self._ways[:-1]:
+            with contextlib.suppress(ReadError):
+                return way.read(paddr, size)
+        return self._ways[-1].read(paddr, size)
 
 
 class Choice(NamedTuple):
@@ -49,22 +82,22 @@ def choose(dump: Dump, with_log: bool, force: bool) -> Choice:
     asked = touched.pages(*(tag for tag in touched.tags() if tag not in (LOG, FIRMWARE)))
     log = RangeSet() if with_log else touched.pages(LOG) - asked
     asked |= touched.pages(LOG) - log
-    pages = dump.registry.ram(asked & dump.memory.recorded)
+    asked &= dump.memory.recorded
+    reader = Reader(dump, touched.pages(FIRMWARE))
+    pages = dump.registry.ram(asked) | reader.early.ram(asked)
     firmware = touched.pages(FIRMWARE) - pages
     try:
-        found = _owners(dump, pages)
+        found = _owners(dump, pages, reader)
     except WitnessError as e:
         if not force:
             count = pages.size // dump.machine.page_size
-            raise Error(
-                f"{e}: whose {count} of the pages are nothing tells (--force: write them all the same)"
-            ) from None
+            raise Error(f"{e}: nothing tells whose {count} pages are (--force: write them all the same)") from None
         found = Owners(RangeSet(), RangeSet())
     unseen = RangeSet() if force else found.unseen
     return Choice(pages - found.others - unseen, firmware, found.others, unseen, log)
 
 
-def _owners(dump: Dump, pages: RangeSet) -> Owners:
+def _owners(dump: Dump, pages: RangeSet, reader: Reader) -> Owners:
     if not pages:
         return Owners(RangeSet(), RangeSet())
     dead, info = dump.arch.dead, dump.arch.info
@@ -75,7 +108,7 @@ def _owners(dump: Dump, pages: RangeSet) -> Owners:
     if memmap is None:
         raise WitnessError("neither vmcoreinfo nor mem_section tells where struct pages are")
     # a walk of its own: what is looked at only here need not be in the record
-    return owners.look(x86_64(dump.exact.untracked(), info), info, memmap, pages)
+    return owners.look(x86_64(reader, info), info, memmap, pages)
 
 
 class Written(NamedTuple):
@@ -92,7 +125,7 @@ def write(dump: Dump, choice: Choice, devices: Iterable[VirtioMemState], image: 
     Raises Error."""
     machine = dump.machine
     page = machine.page_size
-    writer = _Writer(image, page, _Reader(dump, choice.firmware))
+    writer = _Writer(image, page, Reader(dump, choice.firmware))
     pages = choice.pages | choice.firmware
     ram: list[RamImage] = []
     virtio: list[VirtioMemState] = []
@@ -138,28 +171,8 @@ def _runs(pages: RangeSet, start: int, page: int) -> Runs:
     return tuple(((r.start - start) // page, r.size // page) for r in pages)
 
 
-class _Reader:
-    """Old memory, and of the pages *firmware*, which were read already, what firmware has there."""
-
-    def __init__(self, dump: Dump, firmware: RangeSet) -> None:
-        self._old = dump.exact.untracked()
-        gate = Registry(dump.machine.page_size)
-        gate.register(allow_rule("firmware", WHOLE, firmware, "not read before", gate.page_size))
-        try:
-            segments = dump.machine.firmware_segments(firmware) if firmware else []
-        except SourceError:
-            segments = []
-        self._firmware = ExactMemory(OldMemory(segments, gate))
-
-    def read(self, paddr: int, size: int) -> bytes:
-        try:
-            return self._old.read(paddr, size)
-        except ReadError:
-            return self._firmware.read(paddr, size)
-
-
 class _Writer:
-    def __init__(self, image: BinaryIO, page: int, memory: _Reader) -> None:
+    def __init__(self, image: BinaryIO, page: int, memory: Reader) -> None:
         self._image = image
         self._page = page
         self._memory = memory

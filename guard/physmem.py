@@ -122,7 +122,8 @@ class OldMemory:
         for s, following in zip(segments, [*segments, None][1:], strict=True):
             if (s.paddr | s.size | (s.offset if s.how == MMAP else 0)) & mask:
                 raise SourceError(f"{s.name}: {s.paddr:#x}+{s.size:#x} at offset {s.offset:#x} is not whole pages")
-            if s.paddr < 0 or s.size <= 0 or s.end > MAX_END or s.offset < 0 or s.offset + s.size > MAX_FILE_SIZE:
+            in_file = s.how == ABSENT or s.offset + s.size <= MAX_FILE_SIZE
+            if s.paddr < 0 or s.size <= 0 or s.end > MAX_END or s.offset < 0 or not in_file:
                 raise SourceError(f"{s.name}: {s.paddr:#x}+{s.size:#x} at offset {s.offset:#x} is not possible")
             if following and following.paddr < s.end:
                 raise SourceError(f"{s.name} and {following.name} both claim {following.paddr:#x}")

@@ -16,12 +16,15 @@ MAX_TABLE = 1 << 20
 
 _MAX_ENTRIES = 1 << 17
 
-seen: dict[str, bytes | None] | None = None
-"""Where not None, all that was asked for and there: the bytes of each file by its name below the root, None for a
-folder. Set before anything is read, it holds just what a record needs to give the same answers."""
+Seen = dict[str, bytes | int | None]
+"""What was there of all that was asked for, by its name below the root: the bytes of a file, the size of one that was
+too large to be read, None for a folder."""
+
+seen: Seen | None = None
+"""Where set before anything is read, it has in the end what a record needs to give the same answers."""
 
 
-def _saw(relative: str, data: bytes | None) -> None:
+def _saw(relative: str, data: bytes | int | None) -> None:
     if seen is not None:
         seen[relative] = data
 
@@ -54,8 +57,7 @@ def read_file(root: str, relative: str, limit: int, problems: Problems) -> bytes
     except OSError as error:
         _refused(path, "read", error, problems)
         return None
-    if data is not None:
-        _saw(relative, data)
+    _saw(relative, status.st_size if data is None else data)
     if data is None or len(data) > limit:
         size = f"{status.st_size} bytes" if data is None else f"more than {limit} bytes"
         problems.add(f"{path}: has {size}, expected at most {limit}; ignored")

@@ -35,13 +35,14 @@ class Owners(NamedTuple):
 
 
 class _Fields(NamedTuple):
-    """Of one struct page: page.flags, page.mapping, page.private and page._mapcount as they stand, and the word that
-    leads from a tail page to its head."""
+    """Of one struct page: page.flags, page.mapping, page.private, page._mapcount and page._refcount as they stand, and
+    the word that leads from a tail page to its head."""
 
     flags: int
     mapping: int
     private: int
     mapcount: int
+    refcount: int
     head: int
 
 
@@ -51,7 +52,7 @@ class _Layout:
     def __init__(self, info: Vmcoreinfo) -> None:
         self.size = _need(info.size("page"), "SIZE(page)")
         head = "compound_info" if info.offset("page.compound_info") is not None else "compound_head"  # renamed in 7.1
-        names = (("flags", 8), ("mapping", 8), ("private", 8), ("_mapcount", 4), (head, 8))
+        names = (("flags", 8), ("mapping", 8), ("private", 8), ("_mapcount", 4), ("_refcount", 4), (head, 8))
         self._at = [(_need(info.offset(f"page.{name}"), f"OFFSET(page.{name})"), width) for name, width in names]
         if (
             self.size % 8
@@ -82,7 +83,7 @@ class _Layout:
 
     def is_kernels(self, page: _Fields) -> bool | None:
         """None for a tail page, which its head speaks for."""
-        flags, mapping, _, kind, head = page
+        flags, mapping, _, kind, _, head = page
         if head & 1:
             return None
         if flags & self.slab_flag or self.slab_type(kind):

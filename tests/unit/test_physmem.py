@@ -16,7 +16,20 @@ from hypothesis import strategies as st
 
 from guard._core import lib
 from guard.errors import ReadError, SourceError
-from guard.physmem import MMAP, PREAD, Fault, OldMemory, Segment, covered, layer, only
+from guard.physmem import (
+    ABSENT,
+    MMAP,
+    PREAD,
+    ExactMemory,
+    Fault,
+    OldMemory,
+    Segment,
+    Touched,
+    absent,
+    covered,
+    layer,
+    only,
+)
 from guard.ranges import Range, RangeSet
 from guard.registry import Registry, Rule, allow_rule, bitmap_rule, deny_rule
 
@@ -66,7 +79,7 @@ def layouts(draw: st.DrawFn) -> Layout:
     for start, end in zip(borders[::2], borders[1::2], strict=False):
         size, offset = end - start, draw(st.integers(0, 3))
         there = draw(st.one_of(st.just(offset + size), st.integers(0, offset + size)))
-        segments.append((start, size, draw(st.sampled_from([PREAD, MMAP])), offset, there))
+        segments.append((start, size, draw(st.sampled_from([PREAD, MMAP, ABSENT])), offset, there))
     return Layout(segments)
 
 
@@ -104,10 +117,13 @@ class Model:
         self.content: dict[int, bytes] = {}
         self.errors: dict[int, int] = {}
         self.files = [pattern(there, number) for number, (*_, there) in enumerate(layout.segments)]
+        self.absent: set[int] = set()
         for (start, size, how, offset, there), data in zip(layout.segments, self.files, strict=True):
+            if how == ABSENT:
+                self.absent |= set(range(start, start + size))
             for i in range(size):
                 at = offset + i
-                if at < there:
+                if at < there and how != ABSENT:
                     self.content[start + i] = data[at * PAGE : (at + 1) * PAGE]
                 else:
                     self.errors[start + i] = errno.EFAULT if how == MMAP else errno.ENODATA
@@ -145,7 +161,8 @@ def test_reads_give_what_the_model_gives_and_count_it(
     segments = []
     for (start, size, how, offset, _), fd, data in zip(layout.segments, fds, model.files, strict=True):
         os.write(fd, data)
-        segments.append(Segment(start * PAGE, size * PAGE, fd, offset * PAGE, how, "file"))
+        segment = Segment(start * PAGE, size * PAGE, fd, offset * PAGE, how, "file")
+        segments.append(absent(segment.paddr, segment.size, "file") if how == ABSENT else segment)
     memory = OldMemory(segments, registry)
     memory.c.window_size = window
     read = refused = 0
@@ -161,6 +178,7 @@ def test_reads_give_what_the_model_gives_and_count_it(
                 failed.add((model.error(page), page))
             else:
                 read += n
+    assert memory.recorded == memory.covered - RangeSet((p * PAGE, p * PAGE + PAGE) for p in model.absent)
     assert (memory.bytes_read, memory.bytes_refused, registry.counters()) == (read, refused, counted)
     by_error = {e: RangeSet((p * PAGE, p * PAGE + PAGE) for e2, p in failed if e2 == e) for e, _ in failed}
     assert memory.faults() == sorted(Fault(r, e) for e, ranges in by_error.items() for r in ranges)
@@ -180,6 +198,7 @@ def test_reads_give_what_the_model_gives_and_count_it(
         else:
             error = model.error(bad[0])
             why = "no source shows it" if error == errno.ENXIO else os.strerror(error)
+            why = "not recorded" if bad[0] in model.absent else why
         assert why in str(caught.value)
     assert (memory.faults(), memory.bytes_read, memory.bytes_refused, registry.counters()) == before
     memory.close()
@@ -362,3 +381,58 @@ def test_layer_shows_the_upper_where_it_is_and_the_lower_elsewhere(
     assert all(s.offset == s.paddr + 1000 for s in both)
     OldMemory(both, Registry())
     assert covered(only(both, covered(upper))) == covered(upper)
+
+
+def test_absent_memory_of_any_size_fails_at_once_and_what_is_beside_it_is_read(make_file: MakeFile) -> None:
+    data = pattern(2)
+    fd, far = make_file(data), 1 << 44
+    record = [Segment(0, PAGE, fd, 0, PREAD, "a"), Segment(far, PAGE, fd, PAGE, PREAD, "a")]
+    memory = OldMemory(layer(record, [absent(0, 2 * far, "a")]), Registry())
+    assert memory.read(0, 2 * PAGE) == data[:PAGE] + bytes(PAGE)
+    assert memory.read(far - PAGE, 3 * PAGE) == bytes(PAGE) + data[PAGE:] + bytes(PAGE)
+    assert memory.read(2 * PAGE, 64 << 20) == bytes(64 << 20)
+    assert memory.faults() == [
+        Fault(Range(PAGE, (64 << 20) + 2 * PAGE), errno.ENODATA),
+        Fault(Range(far - PAGE, far), errno.ENODATA),
+        Fault(Range(far + PAGE, far + 2 * PAGE), errno.ENODATA),
+    ]
+    assert memory.covered == RangeSet([(0, 2 * far)])
+    assert memory.recorded == RangeSet([(0, PAGE), (far, far + PAGE)])
+    with pytest.raises(ReadError, match="old memory at 0x1000: not recorded"):
+        memory.read_exact(0, 2 * PAGE)
+
+
+def test_absent_memory_is_as_large_as_an_address_space() -> None:
+    memory = OldMemory([absent(PAGE, (1 << 64) - PAGE, "a")], Registry())
+    assert memory.read((1 << 64) - PAGE, PAGE) == bytes(PAGE)
+    assert memory.faults() == [Fault(Range((1 << 64) - PAGE, 1 << 64), errno.ENODATA)]
+    assert only([absent(0, 1 << 40, "a")], RangeSet([(PAGE, 2 * PAGE)])) == [absent(PAGE, PAGE, "a")]
+
+
+asked_for = st.lists(st.tuples(st.integers(0, 60 * PAGE), st.integers(0, 3 * PAGE), st.sampled_from(["", "log"])))
+
+
+@given(asked_for)
+def test_touched_pages_are_those_of_what_was_asked_for(asked: list[tuple[int, int, str]]) -> None:
+    touched = Touched(PAGE)
+    touched._most = 4
+    for paddr, size, tag in asked:
+        touched.add(paddr, size, tag)
+    for tags in (("",), ("log",), ("", "log")):
+        expected = {p for paddr, size, tag in asked if tag in tags for p, _ in pages_of(paddr, size)}
+        assert touched.pages(*tags) == RangeSet((p * PAGE, p * PAGE + PAGE) for p in expected)
+
+
+def test_exact_reads_are_noted_by_their_tag_and_a_search_is_not(make_file: MakeFile) -> None:
+    memory = OldMemory([Segment(0, 8 * PAGE, make_file(pattern(8)), 0, PREAD, "image")], Registry())
+    touched = Touched(PAGE)
+    exact = ExactMemory(memory, touched)
+    exact.read(PAGE + 5, 3)
+    exact.tagged("log").read(3 * PAGE, 1)
+    exact.untracked().read(0, 8 * PAGE)
+    with pytest.raises(ReadError):
+        exact.read(8 * PAGE, 8)
+    exact.touch(5 * PAGE, 1)
+    assert touched.pages("") == RangeSet([(PAGE, 2 * PAGE), (5 * PAGE, 6 * PAGE), (8 * PAGE, 9 * PAGE)])
+    assert touched.pages("log") == RangeSet([(3 * PAGE, 4 * PAGE)])
+    assert ExactMemory(memory).tagged("log").read(0, 8) == memory.read_exact(0, 8)

@@ -354,6 +354,13 @@ class DyingKernel:
             "OFFSET(page._mapcount)": "48",
             "NUMBER(PG_hwpoison)": "20",
             "NUMBER(PAGE_OFFLINE_MAPCOUNT_VALUE)": "-251658240",
+            "OFFSET(page.mapping)": "24",
+            "OFFSET(page.private)": "40",
+            "OFFSET(page._refcount)": "52",
+            "NUMBER(PG_lru)": "5",
+            "NUMBER(PAGE_SLAB_MAPCOUNT_VALUE)": "-184549376",
+            "NUMBER(PAGE_BUDDY_MAPCOUNT_VALUE)": "-268435456",
+            "NUMBER(PAGE_HUGETLB_MAPCOUNT_VALUE)": "-201326592",
         }
 
     def uts(self, release: str) -> None:

@@ -154,7 +154,7 @@ def make(base: Path, archive: Path) -> None:
     _touch(base, touched)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        seen: dict[str, bytes | None] = {}
+        seen: files.Seen = {}
         files.seen = seen
         machine = ImageMachine(recorded.load(str(base)))
         machine.touched = touched
