@@ -92,7 +92,7 @@ def parse(data: bytes | memoryview, where: str, problems: Problems, paddr: int |
 
 def of_kernel(machine: Machine, problems: Problems) -> list[ElfNote]:
     """The notes of the kernel's own /proc/vmcore; an empty list if it made none."""
-    if machine.core_header is None or machine.core_fd is None:
+    if machine.core_header is None:
         return []
     head = next((p for p in machine.core_header.phdrs if p.type == PT_NOTE), None)
     if head is None or not head.filesz:
@@ -102,7 +102,7 @@ def of_kernel(machine: Machine, problems: Problems) -> list[ElfNote]:
         problems.note(f"{where}: {head.filesz:#x} bytes, at most {procvmcore.MAX_HEADER:#x} were expected; not used")
         return []
     try:
-        data = procvmcore.pread_buffer(machine.core_fd, head.filesz, head.offset, procvmcore.PATH)
+        data = machine.read_core(head.filesz, head.offset)
     except SourceError as e:
         problems.note(f"{e}: its notes are not used")
         return []

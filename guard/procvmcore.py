@@ -55,11 +55,6 @@ class CoreHeader(NamedTuple):
 
 def pread_exact(fd: int, size: int, offset: int, name: str) -> bytes:
     """*size* bytes from *offset* on. Raises SourceError where the file does not have them."""
-    return bytes(pread_buffer(fd, size, offset, name))
-
-
-def pread_buffer(fd: int, size: int, offset: int, name: str) -> bytearray:
-    """As :func:`pread_exact`, for what is too large to be copied once more."""
     if offset + size > MAX_FILE_SIZE:
         raise SourceError(f"{name}: {size:#x} bytes at {offset:#x} are beyond the end of any file")
     data = bytearray()
@@ -71,7 +66,7 @@ def pread_buffer(fd: int, size: int, offset: int, name: str) -> bytearray:
         if not piece:
             raise SourceError(f"{name}: ends at {offset + len(data):#x}, expected {size} bytes at {offset:#x}")
         data += piece
-    return data
+    return bytes(data)
 
 
 def parse_header(read: Callable[[int, int], bytes], name: str) -> CoreHeader:
