@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 from guard.witness.vmcoreinfo import NOTE_NAME, Vmcoreinfo, note_of
 
+_MAX_SCRIPT = 1 << 16
 MOST_PROGRAM = 64 << 20
 """Bytes of a program beyond which it is not searched; makedumpfile has half a megabyte."""
 
@@ -117,13 +118,22 @@ def wrong(info: Vmcoreinfo, program: str) -> list[str]:
         return []
     try:
         with open(program, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            if not 0 < size <= MOST_PROGRAM:
+            if file.read(2) == b"#!":
+                program = _started_by(file.read(_MAX_SCRIPT), program)
+        with open(program, "rb") as file:
+            if not 0 < os.fstat(file.fileno()).st_size <= MOST_PROGRAM:
                 return []
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
                 if text.find(NOTE_NAME.rstrip(b"\0")) < 0:
-                    return []  # a script in its place, or no makedumpfile at all
+                    return []  # no makedumpfile at all
                 lacking = [n for n in wanted if text.find(n.text) < 0 <= text.find(n.knowing)]
     except (OSError, ValueError):
         return []
     return [f"{program} is too old for this kernel: it {need.wrong}" for need in lacking]
+
+
+def _started_by(script: bytes, path: str) -> str:
+    """The program of the same name that the *script* at *path* starts, as those of initramfs/builder.py do."""
+    name = os.path.basename(path)
+    words = (os.fsdecode(word) for word in script.split())
+    return next((word for word in words if os.path.isabs(word) and os.path.basename(word) == name), path)

@@ -109,3 +109,15 @@ def test_program_that_is_not_there_or_too_large_is_not_searched(
     assert wrong(info_of(NEW), str(tmp_path / "makedumpfile"))
     monkeypatch.setattr(compatibility, "MOST_PROGRAM", 10)
     assert wrong(info_of(NEW), str(tmp_path / "makedumpfile")) == []
+
+
+def test_script_is_taken_for_the_makedumpfile_that_it_starts(tmp_path: Path) -> None:
+    for folder in ("bin", "opt"):
+        (tmp_path / folder).mkdir()
+    program, script = (tmp_path / folder / "makedumpfile" for folder in ("opt", "bin"))
+    program.write_bytes(V176)
+    script.write_text(f'#!/bin/sh\nexec /opt/lib/ld.so --library-path /opt/lib {program} "$@"\n')
+    (line,) = wrong(info_of(NEW), str(script))
+    assert line.startswith(f"{program} is too old for this kernel: ")
+    script.write_text(f"#!/bin/sh\nexec {script}\n")
+    assert wrong(info_of(NEW), str(script)) == []

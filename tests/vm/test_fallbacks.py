@@ -87,6 +87,8 @@ def test_nothing_is_searched_where_the_kernels_own_header_has_the_note(crashed_g
     g.sh("oldmem header -q --layout kernel -o /tmp/told; rmmod qemu_fw_cfg")
     output = g.sh("oldmem header -v --layout kernel -o /tmp/ours 2>&1")
     assert "searching" not in output
+    # Debian's 1.7.6 on its own 6.12
+    assert "makedumpfile is too old for this kernel: it takes free and offline pages for slab" in output
     g.sh("cmp /tmp/told /tmp/ours")
 
 
