@@ -10,12 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from itertools import combinations
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from capture.sources import report
 from capture.sources.report import SourceReport
 from guard.ranges import RangeSet
 from guard.witness.memory import Problems
+
+if TYPE_CHECKING:
+    from guard.witness.sections import Sections
 
 RAM_SOURCES = ("fw_cfg", "smbios", "srat")
 
@@ -166,22 +169,18 @@ def _other_uses(reports: Mapping[str, SourceReport]) -> tuple[RangeSet, RangeSet
     return no_ram, special
 
 
-def witnessed(env: Envelope, system_ram: RangeSet, online: RangeSet | None, problems: Problems) -> Envelope:
-    """*env* after a sound resource tree of the dead kernel has told its *system_ram*; *online* are its memory sections
-    with struct pages, None if they are not known.
+def witnessed(env: Envelope, system_ram: RangeSet, known: Sections | None, problems: Problems) -> Envelope:
+    """*env* after a sound resource tree of the dead kernel has told its *system_ram*; *known* are its memory sections,
+    if they are.
 
     System RAM that no other source has (CXL and soft-reserved memory, DIMMs, boot RAM that coarse tables cut off) is
-    admitted where two records that have nothing to do with each other agree on it, the tree and the sections, and
-    nothing that firmware or the capture kernel shows is a device there. The kernel's own header is no second witness,
-    for it is a snapshot of that tree."""
-    known = env.boot | env.window | env.regions | env.disputed
-    beyond = system_ram - known - env.no_ram - env.decoded
-    admitted = beyond & online if online is not None else RangeSet()
-    admitted -= env.absent
+    admitted where two records that have nothing to do with each other agree on it, the tree and the sections, in whole
+    sections, as all memory is added, and nothing that firmware or the capture kernel shows is a device there. The
+    kernel's own header is no second witness, for it is a snapshot of that tree."""
+    beyond = system_ram - (env.boot | env.window | env.regions | env.disputed | env.no_ram | env.decoded | env.absent)
+    admitted = beyond & known.online & system_ram.inner_pages(known.section_size) if known else RangeSet()
     if admitted:
-        problems.note(
-            f"{admitted} was System RAM that no firmware table here calls RAM: read, on the dead kernel's word"
-        )
+        problems.note(f"{admitted} was System RAM that no firmware table here calls RAM: read, on the dead kernel's word")
     return env._replace(admitted=admitted, heard=RangeSet(), confirmed=True)
 
 

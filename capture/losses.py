@@ -55,7 +55,7 @@ def cut(dump: Dump) -> list[Loss]:
     add(ram & env.decoded, "the dead kernel used it as System RAM, but this kernel has a bus there")
     add(ram & env.absent, "no image holds it")
     add(ram - env.all, f"the dead kernel used it as System RAM, but {env.source} does not have it")
-    add(missing(dump), "the kernel's own header has it, and nothing else tells of it")
+    add(_unfounded(dump), "the kernel's own header has it, and nothing else tells of it")
     add((env.absent - theirs).inner_pages(dump.machine.page_size), f"{env.source} calls it RAM, but no image holds it")
     for ranges, why in arch.doubts:
         add(ranges - theirs, why)
@@ -67,17 +67,27 @@ def cut(dump: Dump) -> list[Loss]:
 
 def missing(dump: Dump) -> RangeSet:
     """What the kernel's own header has and this vmcore would lack, though no rule refuses it on its own evidence."""
-    env, machine = dump.envelope, dump.machine
-    if machine.core_header is None or machine.header_is_the_kernels:
-        return RangeSet()
-    theirs = machine.own | FIRST_MIB | dump.arch.reserved | env.no_ram
-    listed = (dump.preloaded_ranges() - theirs.outer_pages(machine.page_size)).inner_pages(machine.page_size)
+    return _unfounded(dump) | (_listed(dump) & RangeSet(hidden(dump)))
+
+
+def _unfounded(dump: Dump) -> RangeSet:
+    """What the kernel's own header has and is refused without evidence."""
+    env = dump.envelope
+    listed = _listed(dump)
     beyond = listed - env.all
     if env.confirmed:
         beyond &= dump.arch.system_ram  # what a sound tree lacks is gone: this header is stale
     unfounded = beyond | listed & RangeSet(r for ranges in (env.unsettled, *doubts(dump)) for r in ranges)
-    unfounded -= dump.registry.ram(unfounded)
-    return unfounded | (listed & RangeSet(hidden(dump)))
+    return unfounded - dump.registry.ram(unfounded)
+
+
+def _listed(dump: Dump) -> RangeSet:
+    """The kernel's own header, as far as it is not known to be something else than the dead machine's memory."""
+    machine = dump.machine
+    if machine.core_header is None or machine.header_is_the_kernels:
+        return RangeSet()
+    theirs = machine.own | FIRST_MIB | dump.arch.reserved | dump.envelope.no_ram
+    return (dump.preloaded_ranges() - theirs.outer_pages(machine.page_size)).inner_pages(machine.page_size)
 
 
 def doubts(dump: Dump) -> list[RangeSet]:

@@ -149,13 +149,13 @@ class X86_64(Arch):
         read until that tree has told what is there. Where it cannot be read otherwise, the records are followed into
         the hotplug window, for as long as it takes."""
         window = dump.envelope.window
-        if not dead.tree().flaw or not window or self.machine.unlocated:
+        if not _flaw(dead) or not window or self.machine.unlocated:
             return dead
         rule = next(rule for rule in dump.registry if rule.name == memory_map.HOTPLUG)
         dump.registry.replace(deny_rule(memory_map.HOTPLUG, RangeSet(), rule.reason, dump.registry.page_size))
         try:
             again = DeadKernel(dump.exact, dead.info, self.symbols)  # which has not failed to read anything yet
-            if not again.tree().flaw:
+            if not _flaw(again):
                 self.dead = again
                 return again
         except (WitnessError, ReadError):
@@ -165,33 +165,35 @@ class X86_64(Arch):
 
     def _settle(self, dump: Dump, dead: DeadKernel) -> None:
         """Take the dead kernel's word on what was RAM, as far as it can be taken."""
-        env, known, flaw = dump.envelope, dead.sections(), dead.tree().flaw
-        if flaw:
+        env, known = dump.envelope, dead.sections()
+        if flaw := _flaw(dead):
             dump.problems.note(f"the dead kernel's resource tree does not count: {flaw}")
             dump.envelope = envelope.unwitnessed(env, e820.ram(dead.e820()))
             memory_map.settle(dump.registry, dump.envelope, RangeSet())
             return
         system_ram = RangeSet((r.start, r.end) for r in dead.system_ram())
-        online = known.online if known else None
-        env = dump.envelope = envelope.witnessed(env, system_ram, online, dump.problems)
+        env = dump.envelope = envelope.witnessed(env, system_ram, known, dump.problems)
         dump.show(env.admitted.inner_pages(dump.registry.page_size))
-        if known and not known.flaw:
-            system_ram |= self._not_lacking(dump, known, system_ram)
-        self.system_ram = system_ram
+        self.system_ram = system_ram = system_ram | self._lost_to_damage(dump, known, system_ram)
         memory_map.settle(dump.registry, env, system_ram)
 
-    def _not_lacking(self, dump: Dump, known: Sections, system_ram: RangeSet) -> RangeSet:
-        """Boot RAM that a damaged tree, which passes for sound, has lost: the prepared header, a snapshot of the tree,
-        has it, or it is a whole section; and the section is online, which is a record of its own."""
-        page_size = dump.registry.page_size
+    def _lost_to_damage(self, dump: Dump, known: Sections | None, system_ram: RangeSet) -> RangeSet:
+        """Boot RAM that a damaged tree, which passes for sound, must have lost, for it was online, which is a record of
+        its own: the prepared header, a snapshot of the tree, has it, or it is a whole section. What is less certain
+        becomes a doubt."""
+        page_size, env = dump.registry.page_size, dump.envelope
+        online = bare = RangeSet()
+        if known and not known.flaw:
+            online, bare = known.online, contradictions(known, system_ram).without_ram
         listed = dump.preloaded_ranges() if self.machine.core_header else RangeSet()
-        bare = contradictions(known, system_ram).without_ram
-        possible = dump.envelope.window | dump.envelope.disputed
-        self.doubts.append(((bare & possible).inner_pages(page_size), "it was online, but no resource tree has it"))
-        kept = ((listed & known.online) | bare) & dump.envelope.boot
-        kept = (kept - system_ram - self.reserved - self.own()).inner_pages(page_size)
+        lacking = (((listed | bare) & env.boot) - system_ram - self.reserved - self.own()).inner_pages(page_size)
+        kept = lacking & online
         if kept:
             dump.problems.note(f"the dead kernel's resource tree lacks {kept}, which was online boot RAM; it is read")
+        self.doubts += [
+            (lacking - kept, "the kernel's own header has it, and the dead kernel's resource tree does not"),
+            ((bare & (env.window | env.disputed)).inner_pages(page_size), "it was online, but no resource tree has it"),
+        ]
         return kept
 
     def _hear_marks(self, dump: Dump, dead: DeadKernel) -> None:
@@ -211,7 +213,7 @@ class X86_64(Arch):
                 self.doubts.append(
                     (offline, "most of memory would have been offline, which damage is more likely to say")
                 )
-            marks = dead.marks(dump.envelope.all)
+            marks = dead.marks(dump.envelope.all - self.own())
         if marks:
             rules += [hwpoison.rule(marks), page_offline.rule(marks)]
         for rule in rules:
@@ -296,3 +298,12 @@ class X86_64(Arch):
             return None
         excluded = RangeSet([LOW_MEMORY]) | self.reserved
         return [piece for r in self.dead.system_ram() for piece in RangeSet([(r.start, r.end)]) - excluded]
+
+
+def _flaw(dead: DeadKernel) -> str | None:
+    """Why the resource tree of *dead* is not to be relied on; None where it is sound, and has the page tables, through
+    which it was read, as System RAM."""
+    root = dead.walk.root_paddr
+    if flaw := dead.tree().flaw:
+        return flaw
+    return None if any(r.start <= root < r.end for r in dead.system_ram()) else f"it has no System RAM at {root:#x}"

@@ -16,6 +16,7 @@ from capture.sources import report
 from capture.sources.report import Finding, SourceReport
 from guard.ranges import RangeSet
 from guard.witness.memory import Problems
+from guard.witness.sections import Sections
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 NONE = RangeSet()
@@ -168,7 +169,7 @@ def test_the_kernels_header_adds_places_to_look_at_but_no_ram() -> None:
     env, problems = made(reports(fw_cfg=[(0, GIB, RAM)]), header=spans((0, 1), (4, 5)))
     assert (env.boot, env.heard, problems) == (spans((0, 1)), spans((4, 5)), [])
     assert envelope.unwitnessed(env, NONE).all == spans((0, 1))
-    assert envelope.witnessed(env, spans((0, 1)), spans((0, 8)), Problems()).all == spans((0, 1))
+    assert envelope.witnessed(env, spans((0, 1)), online(spans((0, 8))), Problems()).all == spans((0, 1))
 
 
 def test_device_regions_are_neither_boot_ram_nor_hotplug_window() -> None:
@@ -181,9 +182,13 @@ def env_of(**parts: Any) -> Envelope:
     return Envelope(NONE, NONE, NONE, "test")._replace(**parts)
 
 
+def online(ranges: RangeSet, size: int = 128 * MIB) -> Sections:
+    return Sections(size, ranges, ranges)
+
+
 def test_system_ram_that_no_source_knows_is_admitted_where_sections_agree() -> None:
     problems = Problems()
-    env = envelope.witnessed(env_of(boot=spans((0, 2))), spans((0, 2), (4, 6)), spans((0, 5)), problems)
+    env = envelope.witnessed(env_of(boot=spans((0, 2))), spans((0, 2), (4, 6)), online(spans((0, 5))), problems)
     assert (env.admitted, env.confirmed) == (spans((4, 5)), True)
     assert problems == [
         "0x100000000-0x13fffffff was System RAM that no firmware table here calls RAM: read, on the dead kernel's word"
@@ -194,17 +199,23 @@ def test_system_ram_is_not_admitted_without_sections() -> None:
     assert envelope.witnessed(env_of(boot=spans((0, 2))), spans((0, 6)), None, Problems()).admitted == NONE
 
 
+def test_system_ram_that_is_no_whole_section_is_not_admitted() -> None:
+    tree = spans((0, 2)) | RangeSet([(4 * GIB, 4 * GIB + 129 * MIB), (6 * GIB, 6 * GIB + MIB)])
+    env = envelope.witnessed(env_of(boot=spans((0, 2))), tree, online(spans((0, 8))), Problems())
+    assert env.admitted == RangeSet([(4 * GIB, 4 * GIB + 128 * MIB)])
+
+
 @pytest.mark.parametrize("what", ["no_ram", "decoded", "absent"])
 def test_system_ram_is_not_admitted_where_something_else_is_known_to_be(what: str) -> None:
     env = env_of(boot=spans((0, 2)), **{what: spans((4, 5))})
-    assert envelope.witnessed(env, spans((0, 6)), spans((0, 8)), Problems()).admitted == spans((2, 4), (5, 6))
+    assert envelope.witnessed(env, spans((0, 6)), online(spans((0, 8))), Problems()).admitted == spans((2, 4), (5, 6))
 
 
 def test_soft_reserved_and_persistent_memory_is_ram_only_if_the_dead_kernel_made_it_so() -> None:
     kinds = [(GIB, 2 * GIB, report.SOFT_RESERVED), (2 * GIB, 3 * GIB, report.PERSISTENT)]
     env, _ = made(reports(smbios=[(0, 4 * GIB, RAM)], firmware_memmap=kinds))
     assert env.all == spans((0, 1), (3, 4))
-    after = envelope.witnessed(env, spans((0, 1), (2, 3)), spans((0, 4)), Problems())
+    after = envelope.witnessed(env, spans((0, 1), (2, 3)), online(spans((0, 4))), Problems())
     assert after.admitted == spans((2, 3))
 
 
@@ -244,11 +255,11 @@ def test_nothing_known_to_be_a_device_is_in_any_envelope_and_parts_do_not_overla
         regions,
         header=header,
     )
-    for after in (env, envelope.witnessed(env, tree, tree, Problems()), envelope.unwitnessed(env, tree)):
+    for after in (env, envelope.witnessed(env, tree, online(tree, MIB), Problems()), envelope.unwitnessed(env, tree)):
         assert not (after.all - regions) & device
         parts = (after.boot, after.window, after.regions, after.disputed, after.admitted)
         assert sum(part.size for part in parts) == RangeSet(r for part in parts for r in part).size
         by_two = fw_cfg & smbios | fw_cfg & srat | smbios & srat
         if env.by_firmware:
             assert not after.boot & (bus - by_two - tree)
-    assert not envelope.witnessed(env, tree, tree, Problems()).admitted - tree
+    assert not envelope.witnessed(env, tree, online(tree, MIB), Problems()).admitted - tree
