@@ -90,4 +90,5 @@ def prefetch() -> None:
     for generation in SUITES:
         kernel(generation)
     sysroot()
+    testing_sysroot()
     ovmf()
