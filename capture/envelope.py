@@ -180,7 +180,9 @@ def witnessed(env: Envelope, system_ram: RangeSet, known: Sections | None, probl
     beyond = system_ram - (env.boot | env.window | env.regions | env.disputed | env.no_ram | env.decoded | env.absent)
     admitted = beyond & known.online & system_ram.inner_pages(known.section_size) if known else RangeSet()
     if admitted:
-        problems.note(f"{admitted} was System RAM that no firmware table here calls RAM: read, on the dead kernel's word")
+        problems.note(
+            f"{admitted} was System RAM that no firmware table here calls RAM: read, on the dead kernel's word"
+        )
     return env._replace(admitted=admitted, heard=RangeSet(), confirmed=True)
 
 

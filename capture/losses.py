@@ -55,10 +55,10 @@ def cut(dump: Dump) -> list[Loss]:
     add(ram & env.decoded, "the dead kernel used it as System RAM, but this kernel has a bus there")
     add(ram & env.absent, "no image holds it")
     add(ram - env.all, f"the dead kernel used it as System RAM, but {env.source} does not have it")
-    add(_unfounded(dump), "the kernel's own header has it, and nothing else tells of it")
-    add((env.absent - theirs).inner_pages(dump.machine.page_size), f"{env.source} calls it RAM, but no image holds it")
     for ranges, why in arch.doubts:
         add(ranges - theirs, why)
+    add(_unfounded(dump), "the kernel's own header has it, and nothing else tells of it")
+    add((env.absent - theirs).inner_pages(dump.machine.page_size), f"{env.source} calls it RAM, but no image holds it")
     if not env.confirmed and not dump.machine.header_is_the_kernels:
         add(env.disputed, "one source calls it RAM, another speaks against it, and no dead kernel tells")
         add(env.window, "nothing tells what was hot-plugged there")

@@ -206,12 +206,16 @@ class RecordedKernel:
         self.put("proc/iomem", text.encode())
         self.put("proc/cmdline", b"root=/dev/vda elfcorehdr=0x6bff0000 console=ttyS0\n")
         self.put("sys/devices/system/memory/block_size_bytes", b"8000000\n")
-        stale = minus([*BOOT, (DEVICE[0], DEVICE[0] + STALE)], [(0, MIB), CRASH])
-        self.put("proc/vmcore", vmcore_header(stale))
+        self.put_header(BOOT)
 
     def put(self, name: str, data: bytes) -> None:
         """A file below root."""
         self.files[name] = data
+
+    def put_header(self, ram: Iterable[Span]) -> None:
+        """The kernel's own header, prepared when less of the device was plugged."""
+        stale = minus([*ram, (DEVICE[0], DEVICE[0] + STALE)], [(0, MIB), CRASH])
+        self.put("proc/vmcore", vmcore_header(stale))
 
     def resize(self, ram: list[Span]) -> None:
         """Other boot RAM behind the first MiB, by firmware and by the kernel's tree."""
@@ -221,6 +225,7 @@ class RecordedKernel:
         self.put("sys/firmware/acpi/tables/SRAT", srat([*((a, b, 1) for a, b in boot), (*WINDOW, 3)]))
         self.put("sys/firmware/dmi/tables/DMI", smbios(boot))
         self.tree[1:3] = [(a, b - 1, "System RAM", RAM_TREE, []) for a, b in ram]
+        self.put_header(boot)
 
     def shrink(self) -> None:
         """So little RAM that reading all of it, holes too, is no matter."""

@@ -13,7 +13,7 @@ import pytest
 
 from capture.done import end
 from guard.errors import Error
-from tests.image.machines import PAGE, RecordedKernel
+from tests.image.machines import LOW, PAGE, RecordedKernel
 
 HAVE_FUSE = os.geteuid() == 0 and os.path.exists("/dev/fuse") and not os.path.exists("/proc/vmcore")
 needs_fuse = pytest.mark.skipif(not HAVE_FUSE, reason="needs root and /dev/fuse, and no capture kernel")
@@ -61,7 +61,7 @@ def test_done_tells_what_reads_lost_after_init_had_gone_well(small: RecordedKern
     """The image is cut off while it is served, as broken memory would be."""
     script = f"""
         o init -q --machine "$0" >/dev/null; echo init $?
-        truncate -s -{4 * PAGE} "$0/ram.raw"
+        truncate -s {LOW[1] + 4 * PAGE} "$0/ram.raw"
         cat /run/oldmem/vmcore.direct >/dev/null
         o done; echo done $?
     """

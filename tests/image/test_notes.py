@@ -227,11 +227,11 @@ def test_earlier_boots_note_is_not_taken_for_it_crashed_as_it_may_have(tmp_path:
 
 def test_search_time_is_the_users(tmp_path: Path) -> None:
     bare(tmp_path, RecordedKernel())
-    _, lines = header(tmp_path, "--search-time", "0")
+    _, lines = header(tmp_path, "--search-time", "0", status=4)
     assert lines[0] == (
         "warning: nothing tells where the VMCOREINFO note is, and memory is not searched for it: no notes, no symbols"
     )
-    _, lines = header(tmp_path, "--search-time", "0.000001")
+    _, lines = header(tmp_path, "--search-time", "0.000001", status=4)
     assert "the time for it was over (--search-time)" in lines[0]
     assert oldmem("header", "--machine", tmp_path, "-o", tmp_path / "h", "--search-time", "-1").status == 2
     assert oldmem("header", "--machine", tmp_path, "-o", tmp_path / "h", "--search-time", "nan").status == 2
