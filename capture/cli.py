@@ -314,7 +314,9 @@ def _inside(dump: Dump, argv: list[str], vmcore: str, to: str | None = None) -> 
 def cmd_check(args: argparse.Namespace) -> int:
     from capture.check import check
 
-    wrong, has = check(args.file)
+    wrong, has, kinds = check(args.file)
+    if kinds:
+        tell(f"{args.file}: {'; in it '.join(kinds)}")
     for line in has:
         print(f"{args.file}: {line}")
     for line in wrong:

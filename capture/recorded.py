@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import stat
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -109,23 +108,25 @@ def load(folder: str) -> RecordedMachine:
     """The machine recorded in *folder*, with every image there and large enough.
 
     Raises SourceError: one line with the file, the place in it, what was expected and what was found."""
+    from . import recorded_images  # no capture kernel reads what others have made
+
     file = os.path.join(folder, FILE)
     machine = from_document(read(file, _MAX_JSON), folder)
-    images = _images(machine)
+    notes = recorded_images.disguised(file, machine)  # first, for what is compressed is too short as well
     sizes: dict[str, int] = {}
     outside: dict[str, str] = {}
     inside = os.path.realpath(folder).rstrip("/") + "/"
-    for place, name, expected in images:
+    for place, name, expected in recorded_images.needed(machine):
         path = machine.resolve(name)
         if name not in sizes:  # thousands of ranges may lie in one image
-            sizes[name] = _image_size(f"{file}: {place}: {path}", path)
+            sizes[name] = recorded_images.size(f"{file}: {place}: {path}", path)
             if not os.path.realpath(path).startswith(inside):
                 outside[name] = place
         if sizes[name] < expected:
             raise error(f"{file}: {place}: {path} has {sizes[name]} bytes, expected at least {expected}")
     if not os.path.realpath(machine.root_path).startswith(inside):
         outside[machine.root] = "root"
-    notes = [one_line(f"{file}: {place}: {name} is outside the folder") for name, place in outside.items()]
+    notes += [one_line(f"{file}: {place}: {name} is outside the folder") for name, place in outside.items()]
     return machine._replace(notes=tuple(notes))
 
 
@@ -134,15 +135,17 @@ def of_image(path: str) -> RecordedMachine:
 
     Only s390x capture kernels tell by themselves what they are and what they dump, so it must be one of those. Raises
     SourceError where it is not."""
-    from . import s390x_capture  # no other machine needs it
+    from . import file_kind, recorded_images, s390x_capture  # no other machine needs it
 
-    size = _image_size(path, path) & -PAGE_SIZES["s390x"][0]
+    size = recorded_images.size(path, path) & -PAGE_SIZES["s390x"][0]
     try:
         with open(path, "rb") as image:
             image.seek(s390x_capture.MAGIC_AT)
             found = image.read(len(s390x_capture.MAGIC))
     except OSError as e:
         raise error(f"{path}: {e.strerror}") from None
+    if kind := file_kind.of_file(path):
+        raise error(f"{path}: is {kind.name}, expected raw memory: {kind.advice}")
     if why := s390x_capture.not_s390x(found):
         raise error(f"{path}: not the memory of an s390x machine ({why}); of others a machine.json must tell more")
     folder, name = os.path.split(os.path.abspath(path))
@@ -326,36 +329,6 @@ def _check_overlaps(file: str, ram: tuple[RamImage, ...], virtio_mem: tuple[Virt
     for (start, end, name), (start2, end2, name2) in pairwise(spans):
         if start2 < end:
             raise error(f"{file}: {name2}: {start2:#x}-{end2 - 1:#x} overlaps {name}: {start:#x}-{end - 1:#x}")
-
-
-def _images(machine: RecordedMachine) -> list[tuple[str, str, int]]:
-    """(place in machine.json, image, bytes it must have) for each image."""
-    page = machine.page_size
-
-    def end(offset: int, size: int, held: Runs | None) -> int:
-        return offset + (size if held is None else page * sum(count for _, count in held))
-
-    images = [(f"ram[{i}].image", r.image, end(r.offset, r.size, r.held)) for i, r in enumerate(machine.ram)]
-    for i, v in enumerate(machine.virtio_mem):
-        if v.image is not None:
-            images.append((f"virtio_mem[{i}].image", v.image, end(v.offset, v.region_size, v.held)))
-    return images
-
-
-def _image_size(what: str, path: str) -> int:
-    """Bytes of the image *path*, which messages call *what*."""
-    try:
-        mode = os.stat(path).st_mode
-        if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
-            raise error(f"{what} is neither a regular file nor a block device")
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-        try:
-            # A block device states no size in stat().
-            return os.lseek(fd, 0, os.SEEK_END)
-        finally:
-            os.close(fd)
-    except OSError as e:
-        raise error(f"{what}: {e.strerror}") from None
 
 
 def _document(machine: RecordedMachine) -> dict[str, object]:

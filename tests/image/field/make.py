@@ -5,9 +5,9 @@
 
 BASE is a recorded machine with all of its memory, and live-truth.json beside its machine.json if there is one. The
 fixture has what `oldmem record --minimal` writes of it, with the pages that any of several ways to look at it touch:
-both layouts, both modes, without fw_cfg, without a word on where the note is. The printk log and the prepared header
-(elfcorehdr=) are in it too. To be made anew when more of old memory is read than was; the archive depends on BASE and
-on what is read of it, and on nothing else."""
+both layouts, both modes, without fw_cfg, without a word on where the note is. The printk log, the prepared header
+(elfcorehdr=) and what makedumpfile wants of the kernel itself are in it too. To be made anew when more of old memory is
+read than was; the archive depends on BASE and on what is read of it, and on nothing else."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from capture.record import record_minimal
 from capture.sources import files
 from guard.errors import Error
 from guard.physmem import LOG, Touched
-from guard.witness.pagewalk import x86_64
+from guard.witness.pagewalk import PageWalk, x86_64
 from tests.image.field import ARCHIVE, FW_CFG, MACHINE, NOTE_PLACE, TRUTH
 
 Change = Callable[[dict[str, Any], Path], None]
@@ -89,6 +89,7 @@ def _touch(base: Path, touched: Touched) -> None:
             list(dump.map())
             _touch_log(dump)
             _touch_prepared(dump)
+            _touch_symbols(dump)
             dump.close()
 
 
@@ -123,6 +124,17 @@ def _touch_prepared(dump: Dump) -> None:
     shift = {b"": 0, b"K": 10, b"M": 20, b"G": 30}[found[2]]
     assert dump.machine.touched is not None
     dump.machine.touched.add(int(found[1], 0) << shift, 4 * 4096, "firmware")
+
+
+def _touch_symbols(dump: Dump) -> None:
+    """What VMCOREINFO has the addresses of, by page tables: makedumpfile goes there where we take a shortcut."""
+    info, dead = dump.arch.info, dump.arch.dead
+    assert info is not None
+    assert dead is not None
+    walk = PageWalk(dump.exact, dead.walk.root_paddr, dead.walk.levels)
+    for key in info.texts:
+        if (vaddr := info.symbol(key.removeprefix("SYMBOL(").removesuffix(")"))) is not None:
+            walk.read(vaddr, 512 if "uts_ns" in key else 8)
 
 
 def _cmdline(dump: Dump) -> bytes:
