@@ -29,7 +29,7 @@ def planned(folder: Path, image: Path) -> Iterator[tuple[str, Path]]:
     vmcore = Vmcore(core, memory)
     expected = folder / "expected"
     expected.write_bytes(vmcore.read(0, vmcore.size))
-    machine = SimpleNamespace(to_map=lambda segments: segments)
+    machine = SimpleNamespace(to_map=lambda segments: segments, core=None)
     dump: Any = SimpleNamespace(machine=machine, registry=registry, memory=memory, core=core, vmcore=vmcore)
     plan = Plan(dump, "/proc/vmcore")
     try:
