@@ -31,7 +31,9 @@ class Vmcore:
 
     def read_into(self, offset: int, buffer: CData, size: int) -> int:
         """Fill a cffi buffer; the number of bytes read is less than *size* only at the end of the file."""
-        return int(lib.view_read(self.c, offset, buffer, size))
+        read = int(lib.view_read(self.c, offset, buffer, size))
+        lib.physmem_rest(self.memory.c)
+        return read
 
     def read(self, offset: int, size: int) -> bytes:
         """*size* bytes of the file, fewer only at its end; refused and unreadable pages are zeros."""

@@ -16,7 +16,11 @@
 #define FUSE_DIRECT_IO_ALLOW_MMAP (UINT64_C(1) << 36)
 #endif
 
-enum { FOREVER = 3600, REQUEST_SIZE = FUSE_MIN_READ_BUFFER };
+/*
+ * Some ms after the last request the kernel's own vmcore is closed again, if it was opened: opening it for each request
+ * would double the time that small ones take. It is meanwhile as it is with any reader of that file.
+ */
+enum { FOREVER = 3600, REQUEST_SIZE = FUSE_MIN_READ_BUFFER, LINGER = 10 };
 
 static int reply(const struct fuse_server *s, uint64_t unique, int error, const void *body, size_t size)
 {
@@ -181,8 +185,13 @@ static int do_statfs(const struct fuse_server *s, uint64_t unique)
 static int await_request(const struct fuse_server *s)
 {
 	struct pollfd wanted[2] = { { .fd = s->fd, .events = POLLIN }, { .fd = s->wake_fd, .events = POLLIN } };
+	int ready = physmem_at_rest(s->view->mem) ? 0 : poll(wanted, 2, LINGER);
 
-	if (poll(wanted, 2, -1) < 0)
+	if (!ready) {
+		physmem_rest(s->view->mem);
+		ready = poll(wanted, 2, -1);
+	}
+	if (ready < 0)
 		return -errno;
 	return wanted[1].revents ? -EINTR : 0;
 }

@@ -330,6 +330,11 @@ void physmem_rest(struct physmem *m)
 		corefile_rest(m->core);
 }
 
+bool physmem_at_rest(const struct physmem *m)
+{
+	return !m->core || m->core->fd < 0;
+}
+
 void physmem_unmap(struct physmem *m)
 {
 	for (int i = 0; i < PHYSMEM_WINDOWS; i++)

@@ -72,6 +72,9 @@ int physmem_read_exact(struct physmem *m, uint64_t paddr, void *buf, size_t n, u
 /* The end of a batch of reads: no file stays open that was opened for it. */
 void physmem_rest(struct physmem *m);
 
+/* Is nothing open that physmem_rest() would close? */
+bool physmem_at_rest(const struct physmem *m);
+
 /* Unmap all windows. */
 void physmem_unmap(struct physmem *m);
 

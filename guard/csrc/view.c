@@ -42,7 +42,6 @@ size_t view_read(const struct view *v, uint64_t offset, void *buf, size_t n)
 		offset += piece;
 		left -= piece;
 	}
-	physmem_rest(v->mem);
 	return n;
 }
 

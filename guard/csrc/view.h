@@ -22,7 +22,7 @@ struct view {
 	struct physmem *mem;
 };
 
-/* Bytes read at offset: n, fewer only at the end of the file, 0 beyond it. */
+/* Bytes read at offset: n, fewer only at its end, 0 beyond it. The caller ends the batch of reads (physmem_rest()). */
 size_t view_read(const struct view *v, uint64_t offset, void *buf, size_t n);
 
 /* True if all n bytes are zero. */
