@@ -14,6 +14,7 @@ MODULES = (
     "capture.cli",
     "capture.background",
     "capture.init",
+    "capture.done",
     "capture.record",
     "capture.record_pages",
     "capture.run",

@@ -14,22 +14,22 @@ _OF_EVERY_CLASS = {"__module__", "__qualname__", "__annotations__", "__dict__", 
 class _Form:
     """Any name that an annotation can have: takes part in whatever is said of types, and says nothing."""
 
-    def __getitem__(self, _parameters):
+    def __getitem__(self, _parameters: object) -> _Form:
         return self
 
-    def __call__(self, *_arguments, **_more):
+    def __call__(self, *_arguments: object, **_more: object) -> _Form:
         return self
 
-    def __or__(self, _other):
+    def __or__(self, _other: object) -> _Form:
         return self
 
     __ror__ = __or__
 
-    def __mro_entries__(self, _bases):
+    def __mro_entries__(self, _bases: object) -> tuple[type, ...]:
         return ()
 
 
-def __getattr__(name):
+def __getattr__(name: str) -> _Form:
     if name.startswith("__"):
         raise AttributeError(name)
     return _FORM
@@ -38,11 +38,11 @@ def __getattr__(name):
 _FORM = _Form()
 
 
-def cast(_type, value):
+def cast(_type: object, value: object) -> object:
     return value
 
 
-def overload(function):
+def overload(function: object) -> object:
     return function
 
 
@@ -50,7 +50,7 @@ final = override = runtime_checkable = no_type_check = overload
 
 
 class _NamedTupleMeta(type):
-    def __new__(mcs, name, _bases, namespace):
+    def __new__(mcs, name: str, _bases: object, namespace: dict[str, object]) -> type:
         fields = list(namespace.get("__annotations__", ()))
         defaults = [namespace[field] for field in fields if field in namespace]
         made = collections.namedtuple(name, fields, defaults=defaults, module=namespace["__module__"])
@@ -62,7 +62,7 @@ class _NamedTupleMeta(type):
         return made
 
 
-def NamedTuple(name, fields):
+def NamedTuple(name: str, fields: list[tuple[str, object]]) -> type:
     return collections.namedtuple(name, [field for field, _ in fields], module=sys._getframe(1).f_globals["__name__"])
 
 

@@ -108,10 +108,10 @@ def _readelf(path: str) -> str:
 
 
 def _pyelftools(path: str) -> list[str]:
-    wrong, has = check(path)
-    if wrong:
-        raise Error("; ".join(wrong))
-    return has
+    found = check(path)
+    if found.wrong:
+        raise Error("; ".join(found.wrong))
+    return list(found.has)
 
 
 def _drgn(path: str) -> tuple[str, list[bytes]]:

@@ -24,7 +24,8 @@ for name, module in sorted(sys.modules.items()):
         if isinstance(value, type) and issubclass(value, tuple) and hasattr(value, "_fields"):
             own = sorted(k for k in vars(value) if not k.startswith("__") and k != "_field_defaults")
             defaults = {k: repr(v) for k, v in value._field_defaults.items()}
-            found[f"{value.__module__}.{value.__qualname__}"] = [value._fields, defaults, own, value.__mro__[1].__name__]
+            base = value.__mro__[1].__name__
+            found[f"{value.__module__}.{value.__qualname__}"] = [value._fields, defaults, own, base]
 print(json.dumps([typing.__file__, found]))
 """
 
@@ -83,3 +84,16 @@ print(operator.itemgetter(1)("ab"), operator.__add__(1, 2), operator.attrgetter(
     real = run(code, lean=False).splitlines()
     assert lean[1] == real[1]
     assert set(eval(real[0])) - {"__package__"} <= set(eval(lean[0])) | {"_abs"}
+
+
+def test_the_images_reprlib_ends_a_repr_that_comes_back_to_itself() -> None:
+    code = """
+import sys
+for name in ("collections", "reprlib"):
+    sys.modules.pop(name, None)
+from collections import OrderedDict
+d = OrderedDict(a=1)
+d["self"] = d
+print(d, OrderedDict(b=2))
+"""
+    assert run(code, lean=True) == run(code, lean=False)
