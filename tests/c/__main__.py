@@ -53,7 +53,7 @@ def check(mode: str, folder: Path) -> None:
 
 def check_in_python(folder: Path) -> None:
     ignored = shutil.ignore_patterns("__pycache__", "*.so", "_core.c")
-    for name in ("guard", "capture", "tests/unit"):
+    for name in ("guard", "capture", "tests/unit", "tests/image"):
         shutil.copytree(ROOT / name, folder / name, ignore=ignored)
     for name in ("tests/__init__.py", "tests/conftest.py", "pyproject.toml"):
         shutil.copy(ROOT / name, folder / name)
