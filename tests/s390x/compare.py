@@ -108,7 +108,7 @@ def _readelf(path: str) -> str:
 
 
 def _pyelftools(path: str) -> list[str]:
-    wrong, has = check(path)
+    wrong, has, _ = check(path)
     if wrong:
         raise Error("; ".join(wrong))
     return has
