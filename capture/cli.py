@@ -277,10 +277,13 @@ def cmd_record(args: argparse.Namespace) -> int:
 
     if args.with_log and not args.minimal:
         raise Error("--with-log is for --minimal: without it no memory is written")
-    if args.vmlinux:
+    if args.vmlinux and args.minimal:
         raise Error("--vmlinux: a record does not hold it; record without, and name it where the record is looked at")
     seen = files.seen = {}
-    dump = open_dump(args)
+    try:
+        dump = open_dump(args)
+    finally:
+        files.seen = None
     if args.minimal:
         lines = record_minimal(dump, args.folder, seen, warn, args.with_log, args.force)
     else:

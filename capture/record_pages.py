@@ -13,9 +13,8 @@ from typing import BinaryIO, NamedTuple
 from capture.dump import Dump
 from capture.memory_map import WHOLE
 from capture.recorded import RamImage, Runs, VirtioMemState
-from capture.x86_platform import FIRMWARE
 from guard.errors import Error, ReadError, SourceError, WitnessError
-from guard.physmem import LOG, ExactMemory, OldMemory
+from guard.physmem import FIRMWARE, LOG, ExactMemory, OldMemory
 from guard.ranges import Range, RangeSet
 from guard.registry import Registry, allow_rule
 from guard.witness import owners

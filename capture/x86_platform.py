@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from capture.memory_map import WHOLE
 from capture.sources import files, report
 from guard.errors import ReadError, SourceError, WitnessError
-from guard.physmem import OldMemory
+from guard.physmem import FIRMWARE, OldMemory
 from guard.ranges import RangeSet
 from guard.registry import Registry, Rule, allow_rule
 
@@ -30,9 +30,6 @@ _EFI_INFO = 0x1C0
 _SYSTAB, _SYSTAB_HIGH, _EFI_INFO_END = 4, 24, 32
 
 HYPERVISOR = "sys/hypervisor"
-
-FIRMWARE = "firmware"
-"""Who reads memory that is firmware's, in guard.physmem.Touched."""
 
 
 def install(dump: Dump) -> None:

@@ -206,8 +206,9 @@ class OldMemory:
         lib.physmem_unmap(self.c)
 
 
-LOG = "log"
-"""The tag of who reads the dead kernel's printk log: what a log says is for people to give away."""
+LOG, FIRMWARE = "log", "firmware"
+"""Tags: who reads the dead kernel's printk log, which is for people to give away; who reads memory that firmware keeps
+its tables in, outside of what a dump reads."""
 
 
 class Touched:

@@ -30,7 +30,7 @@ from capture.image_machine import ImageMachine
 from capture.record import record_minimal
 from capture.sources import files
 from guard.errors import Error
-from guard.physmem import LOG, Touched
+from guard.physmem import FIRMWARE, LOG, Touched
 from guard.witness.pagewalk import PageWalk, x86_64
 from tests.image.field import ARCHIVE, FW_CFG, MACHINE, NOTE_PLACE, TRUTH
 
@@ -123,7 +123,7 @@ def _touch_prepared(dump: Dump) -> None:
     assert found is not None
     shift = {b"": 0, b"K": 10, b"M": 20, b"G": 30}[found[2]]
     assert dump.machine.touched is not None
-    dump.machine.touched.add(int(found[1], 0) << shift, 4 * 4096, "firmware")
+    dump.machine.touched.add(int(found[1], 0) << shift, 4 * 4096, FIRMWARE)
 
 
 def _touch_symbols(dump: Dump) -> None:
