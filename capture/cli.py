@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import errno
 import os
 import signal
@@ -13,6 +12,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, NoReturn
 
 from capture import arguments
+from capture.console import fill_standard_descriptors, give_up, say, tell, warn, write_out
 from guard.errors import Error
 
 if TYPE_CHECKING:
@@ -23,34 +23,6 @@ if TYPE_CHECKING:
 VERSION = "0.1.0"
 DONE, FAILED, NOT_CAPTURE, INCOMPLETE = 0, 1, 3, 4  # 2, usage, is argparse's
 MAX_LINES = 64  # of one kind on the console
-
-
-def tell(line: str) -> None:
-    """A line on standard error; a console that takes none must not cost the dump."""
-    with contextlib.suppress(OSError):
-        print(f"oldmem: {line}", file=sys.stderr)
-
-
-def say(line: str) -> None:
-    """A line on standard output, now: what comes next may be another kernel."""
-    print(f"oldmem: {line}", flush=True)
-
-
-def warn(line: str) -> None:
-    tell(f"warning: {line}")
-
-
-def write_out(data: bytes, path: str) -> None:
-    """Write to the file *path*, or to standard output where it is "-"."""
-    if path == "-":
-        sys.stdout.buffer.write(data)
-        sys.stdout.buffer.flush()
-        return
-    try:
-        with open(path, "wb") as file:
-            file.write(data)
-    except OSError as e:
-        raise Error(f"{path}: {e.strerror}") from None
 
 
 def open_machine(args: argparse.Namespace) -> Machine:
@@ -367,17 +339,6 @@ def run(argv: list[str] | None = None) -> int:
         return FAILED
 
 
-def fill_standard_descriptors() -> None:
-    """A caller may have closed some: the next file opened would take their place and be written to. Now writing to
-    them fails as it does with a closed one."""
-    with contextlib.suppress(OSError):
-        while (fd := os.open(os.devnull, os.O_RDONLY)) <= 2:
-            os.set_inheritable(fd, True)
-        os.close(fd)
-    sys.stdout = sys.stdout or os.fdopen(1, "w", closefd=False)
-    sys.stderr = sys.stderr or os.fdopen(2, "w", closefd=False)
-
-
 def main() -> NoReturn:
     fill_standard_descriptors()
     try:
@@ -389,17 +350,12 @@ def main() -> NoReturn:
         else:
             tell(f"{e.filename or 'standard output'}: {e.strerror}")
             code = FAILED
-        _give_up(1)
+        give_up(1)
     try:
         sys.stderr.flush()
     except OSError:
-        _give_up(2)
+        give_up(2)
     sys.exit(code)
-
-
-def _give_up(fd: int) -> None:
-    """What could not be written would be tried again, with a traceback, when the interpreter ends."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), fd)
 
 
 if __name__ == "__main__":

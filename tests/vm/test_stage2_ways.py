@@ -122,7 +122,7 @@ def test_without_image_or_signature_or_a_tool_the_vmcore_is_served_over_fuse(cra
     status, said = g.run("oldmem stage2 -n -q")
     assert status == 4
     start = g.plug_truth()["vm0"].memaddr
-    assert f"left out: {Range(start, start + 256 * MiB)}, of which nothing tells what is plugged" in said
+    assert f"left out: {Range(start, start + 256 * MiB)}, whose state nothing tells" in said
     said = g.sh("oldmem init --via auto -q")
     assert "fuse: no command that could take a library; stage 2 would leave out 256M that the kernel's own" in said
     assert g.sh("head -c 4 /proc/vmcore | od -An -tx1").split() == ["7f", "45", "4c", "46"]
