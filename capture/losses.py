@@ -32,7 +32,7 @@ class Loss(NamedTuple):
 
 def losses(dump: Dump) -> list[Loss]:
     """All that is lost of *dump*, ascending."""
-    found = [Loss(r, "no source shows it") for r in hidden(dump)]
+    found = [Loss(r, _why_hidden(dump, r)) for r in hidden(dump)]
     found += cut(dump)
     return sorted(found)
 
@@ -97,9 +97,16 @@ def doubts(dump: Dump) -> list[RangeSet]:
 
 def hidden(dump: Dump) -> Iterator[Range]:
     """What may be read, but no source shows: it is zeros. Of a fragmented machine no more than MOST runs."""
-    shown = dump.memory.covered
-    runs = (run for run in dump.readable_runs() if not shown.covers(*run))
-    yield from RangeSet(islice(runs, MOST)) - shown
+    registry = dump.registry
+    unshown = dump.envelope.all.inner_pages(registry.page_size) - dump.memory.covered
+    return islice((run for span in unshown for run, rule in registry.verdicts(*span) if rule is None), MOST)
+
+
+def _why_hidden(dump: Dump, run: Range) -> str:
+    if dump.machine.live:
+        return "no source shows it"
+    device = next((d for d in dump.machine.devices if d.region.start <= run.start < d.region.end), None)
+    return f"there is no image of {device.name}" if device else "no image holds it"
 
 
 def unasked(dump: Dump) -> RangeSet:

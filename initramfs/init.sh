@@ -41,6 +41,9 @@ fi
 if [ -e /etc/oldmem-run ]; then
 	sh /etc/oldmem-run
 	tell "collector ended with status $?"
+	if [ -e /run/oldmem/guard.json ]; then
+		oldmem done || tell "oldmem done ended with status $?: not all of the vmcore could be read"
+	fi
 fi
 
 # The kernel panics when its first process ends, so a shell that was left is started again.

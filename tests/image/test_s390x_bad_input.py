@@ -312,7 +312,7 @@ DAMAGES = [
             "holds, 0x10000000000-0x100003fffff is not there",
             *("os_info: old memory at 0x.*" + OS_INFO, "VMCOREINFO: old memory at 0x.*; its note is left out", NO_NOTE),
             "CPU 0: save area at 0x1200: old memory at 0x.*; its register notes are left out",
-            "0x0-0x3fffff is lost: no source shows it",
+            "0x0-0x3fffff is lost: no image holds it",
         ],
         after=crash_region(NOWHERE, 4 * MIB),
         expect=lambda h: Header([(0, 32 * MIB)], None, 0, [], None),
