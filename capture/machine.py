@@ -265,14 +265,16 @@ class LiveMachine(Machine):
                 self.problems.note(f"{e}; {procvmcore.PATH} is read instead, as far as its header reaches")
             else:
                 self._fds.append(opened.fd)
-                upper, self.unmapped = opened.segments, opened.refused
+                upper = opened.segments
+                self.unmapped += opened.refused
         lower: list[Segment] = []
         if self._wanted_source != "devmem" and self.core_header is not None and self.core_fd is not None:
             lower = only(procvmcore.segments(self.core_fd, self.core_header), wanted)
         segments = layer(upper, lower)
         if not segments:
             raise SourceError(f"neither {devmem.PATH} nor {procvmcore.PATH} shows any old memory")
-        self.source = " and ".join(dict.fromkeys(s.name for s in segments))
+        names = [*filter(None, self.source.split(" and ")), *(s.name for s in segments)]
+        self.source = " and ".join(dict.fromkeys(names))
         return segments
 
     def to_map(self, segments: list[Segment]) -> list[Segment]:

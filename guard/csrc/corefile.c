@@ -5,8 +5,12 @@
 #include <elf.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <linux/magic.h>
 #include <stdio.h>
 #include <string.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <sys/vfs.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -54,20 +58,39 @@ bool corefile_in_place(const struct corefile *c)
 	return !read_all(c->fd, c->mark_at + c->shift, found, c->mark_size) && !memcmp(found, c->mark, c->mark_size);
 }
 
+/*
+ * Does the file reach so far? The kernel's own refuses to map what lies behind its end (mmap_vmcore()), and to map a page
+ * touches nothing, as reading it would: it may be memory that is not there any more. Of any other file its size tells.
+ */
+static bool reaches(int fd, uint64_t end)
+{
+	const uint64_t page = (uint64_t)sysconf(_SC_PAGESIZE);
+	struct statfs fs;
+	struct stat st;
+	void *map;
+
+	if (end > INT64_MAX)
+		return false;
+	if (fstatfs(fd, &fs) || fs.f_type != PROC_SUPER_MAGIC)
+		return !fstat(fd, &st) && (uint64_t)st.st_size >= end;
+	map = mmap(NULL, page, PROT_READ, MAP_PRIVATE, fd, (off_t)((end - 1) & -page));
+	if (map == MAP_FAILED)
+		return false;
+	munmap(map, page);
+	return true;
+}
+
 /* 0 with `shift`, which the last program header to be changed tells, or -EAGAIN where some addition is under way. */
 static int look(struct corefile *c)
 {
 	Elf64_Phdr load;
-	uint64_t last;
-	uint8_t byte;
 
 	if (read_all(c->fd, c->load_at, &load, sizeof(load)) || load.p_type != PT_LOAD ||
 	    load.p_paddr != c->load_paddr || load.p_offset < c->load_offset)
 		return -EAGAIN;
 	c->shift = load.p_offset - c->load_offset;
-	/* the size of the file changes last; a byte that cannot be read is there all the same */
-	last = c->end + c->shift - 1;
-	if (last > INT64_MAX || pread(c->fd, &byte, 1, (off_t)last) == 0)
+	/* the size of the file changes last */
+	if (c->shift && !reaches(c->fd, c->end + c->shift))
 		return -EAGAIN;
 	return corefile_in_place(c) ? 0 : -EAGAIN;
 }
