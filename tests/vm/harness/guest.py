@@ -29,8 +29,8 @@ BOOT_TIMEOUT = 180.0
 SETTLE = 6.0  # longer than the driver's first retry of a refused request (virtio_mem: 5 s)
 FRAGMENT = Path(__file__).resolve().parent / "guest" / "fragment.py"
 # ACPI's "hardware reduced" keeps the kernel from the one timer that it could calibrate the TSC with, and only KVM would
-# tell its frequency. A wrong one makes the guest's clock run at another pace, nothing else. The only watchdog left for it
-# are jiffies, which lag on a busy host: it would call the TSC unstable, and without it timers do not run.
+# tell its frequency; a wrong one makes the guest's clock run at another pace, nothing else. What is left to watch over
+# it are jiffies, which lag on a busy host: the TSC would be called unstable, and timers would stop.
 MICROVM_APPEND = " tsc_early_khz=2500000 tsc=reliable"
 KEEP = 160  # one pipe of 64 KiB in 10 MiB
 
