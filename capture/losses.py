@@ -51,6 +51,9 @@ def cut(dump: Dump) -> list[Loss]:
     add(unasked(dump), "nothing tells its state")
     theirs = (dump.machine.own | FIRST_MIB | arch.reserved).outer_pages(dump.machine.page_size)
     ram = (arch.system_ram - theirs).inner_pages(dump.machine.page_size)
+    if arch.reserved:  # else nothing tells the capture kernel's place from what it has added to it
+        taken = (arch.system_ram & dump.machine.own) - arch.reserved - FIRST_MIB
+        add(taken, "this kernel has taken it for its own (acpi_no_memhotplug keeps it from that)")
     add(ram & env.no_ram, "the dead kernel used it as System RAM, but firmware or this kernel has something else there")
     add(ram & env.decoded, "the dead kernel used it as System RAM, but this kernel has a bus there")
     add(ram & env.absent, "no image holds it")

@@ -87,7 +87,7 @@ def refused(told: dict[str, Any], *rules: str) -> RangeSet:
     return RangeSet((e["start"], e["end"]) for e in told["entries"] if (e["refused_by"] or "").startswith(names))
 
 
-def collect(g: Guest, word: Word, *also: str) -> None:
+def collect(g: Guest, word: Word, *also: str, makedumpfile: str = "makedumpfile") -> None:
     """Serves the vmcore and runs collectors over it, unmodified, each of which must succeed; *also* are more of them.
     The host must not see memory populated that the live kernel did not call RAM, and drgn must read the dead kernel
     from what was saved."""
@@ -95,8 +95,8 @@ def collect(g: Guest, word: Word, *also: str) -> None:
     own = truth.iomem(g, "System RAM|RAM buffer") | truth.LOW
     g.sh("oldmem init -q", timeout=400)
     # to a pipe and to a file, the two ways in which kdump scripts use it; -f: there is a file of that name, the disk
-    g.sh("makedumpfile -F -l -d 31 /proc/vmcore 2>/dev/null > /dev/null", timeout=400)
-    g.sh("makedumpfile -f -E -d 31 /proc/vmcore /dev/scratch > /dev/null 2>&1 && sync", timeout=400)
+    g.sh(f"{makedumpfile} -F -l -d 31 /proc/vmcore 2>/dev/null > /dev/null", timeout=400)
+    g.sh(f"{makedumpfile} -f -E -d 31 /proc/vmcore /dev/scratch > /dev/null 2>&1 && sync", timeout=400)
     for command in also:
         g.sh(command, timeout=400)
     g.sh("oldmem done")
