@@ -233,21 +233,23 @@ class AnyGuest(ABC):
 class Guest(AnyGuest):
     """A stock x86_64 guest.
 
-    *kernel* is one of ``debian.SUITES``; *memory* the boot RAM in bytes, of which *below_4g* lie below 4 GiB and the
-    rest from 4 GiB on; *online* the zone that added memory goes to ("movable": can be unplugged again; "kernel": the
-    kernel uses it for itself too); *oldmem* whether the initramfs has Python and oldmem, *testing* whether it has
-    ``makedumpfile-testing``; *balloon* whether there is a virtio-balloon device (see :meth:`inflate`); *capture* the
-    capture kernel's initramfs, if that is to be another one.
+    *kernel* is one of ``debian.SUITES``, or one that was built, of which ``modules`` are in the initramfs; *memory*
+    the boot RAM in bytes, of which *below_4g* lie below 4 GiB and the rest from 4 GiB on; *online* the zone that
+    added memory goes to ("movable": can be unplugged again; "kernel": the kernel uses it for itself too); *oldmem*
+    whether the initramfs has Python and oldmem, *testing* whether it has ``makedumpfile-testing``; *balloon* whether
+    there is a virtio-balloon device (see :meth:`inflate`); *capture* the capture kernel's initramfs, if that is to be
+    another one.
 
     What the machine tells of itself: *machine* ("microvm" has no PCI, SMBIOS or SRAT), *firmware*, *hint* (QEMU's
     vmcoreinfo device), *fw_cfg* (whether init loads qemu_fw_cfg), *numa* (a SRAT), *tables* (ACPI tables by name that
     both kernels take instead of the firmware's or in addition to it); *dimms* get slots, see :meth:`plug`."""
 
     capture_append = "console=ttyS0 irqpoll nr_cpus=1 reset_devices panic=-1 harness.capture"
+    modules: tuple[str, ...] = images.MODULES
 
     def __init__(
         self,
-        kernel: str = "6.12",
+        kernel: str | debian.Kernel = "6.12",
         *,
         memory: int = 768 * MiB,
         below_4g: int = 512 * MiB,
@@ -268,11 +270,11 @@ class Guest(AnyGuest):
         numa: bool = True,
         tables: Mapping[str, bytes] | None = None,
     ) -> None:
-        self.kernel = debian.kernel(kernel)
+        self.kernel = debian.kernel(kernel) if isinstance(kernel, str) else kernel
         self.devices = {device.name: device for device in devices}
         self.dimms = {dimm.name: dimm for dimm in dimms}
         upgrades = images.table_upgrades(tables or {})
-        self._initramfs = upgrades + images.initramfs(kernel, oldmem, testing)
+        self._initramfs = upgrades + images.initramfs(self.kernel, oldmem, testing, self.modules)
         self._capture_initramfs = self._initramfs if capture is None else upgrades + capture
         bios = debian.ovmf() if firmware == "ovmf" else None
         below_4g = min(below_4g, memory)
