@@ -95,8 +95,8 @@ SLAB, HUGETLB = "NUMBER(PAGE_SLAB_MAPCOUNT_VALUE)", "NUMBER(PAGE_HUGETLB_MAPCOUN
 # NUMBER(PAGE_UNACCEPTED_MAPCOUNT_VALUE) (6.16, makedumpfile 1.7.8) is none of them: in layout cut no unaccepted memory
 # is listed, and in another one it costs no more than zeros
 NEEDS = (
-    Need(_has(SLAB), SLAB.encode(), "takes slab pages for user data and leaves them out (-d 8 and more)"),
-    Need(_has(HUGETLB), HUGETLB.encode(), "keeps pages of HugeTLB"),
+    Need(_has(SLAB), SLAB.encode(), "may take slab pages for user data and leave them out (-d 8 and more)"),
+    Need(_has(HUGETLB), HUGETLB.encode(), "keeps pages of huge pages (HugeTLB and THP)"),
     # makedumpfile 72c3414 (1.7.7) changed no string; the commit behind it, a9cf4da, corrected this one
     Need(
         _types_are_values,

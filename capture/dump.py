@@ -75,7 +75,7 @@ class Dump:
             self.problems,
             machine.header_is_the_kernels,
         )
-        if not self.envelope.boot:
+        if not self.envelope.boot | self.envelope.disputed:
             why = "; ".join(line for name in envelope.RAM_SOURCES for line in machine.reports[name].problems)
             raise SourceError(f"no source tells where the dead machine's RAM was: {why}")
         memory_map.install_rules(self.registry, self.envelope, self._foreign(), devices)

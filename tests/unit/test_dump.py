@@ -270,3 +270,13 @@ def test_dead_kernel_that_hides_a_device_does_not_open_the_hotplug_window(fake: 
     assert dump.envelope.window == RangeSet()
     assert not dump.registry.pfn_is_ram(REGION[0] // 4096)
     assert [(d.region, d.bitmap) for d in dump.machine.devices] == [(Range(*REGION), None)]
+
+
+def test_machine_whose_ram_all_lies_in_what_a_bus_claims_is_not_given_up(fake: Fake, tmp_path: Path) -> None:
+    """A board whose resources cover its RAM: one source calls it RAM, and the dead kernel could confirm it."""
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc/iomem").write_text("00001000-0009ffff : System RAM\n00100000-3fffffff : pnp 00:01\n")
+    dump = build(fake())
+    assert dump.envelope.disputed == RangeSet([RAM])
+    assert loads(dump) == []
+    assert dump.lost() == RangeSet([RAM])
