@@ -26,12 +26,13 @@ def on_kernel(one: str) -> pytest.MarkDecorator:
 
 
 def plug(g: Guest, name: str) -> Range:
-    """Puts a memory module into its slot and waits until the guest's kernel has it as System RAM; where that is."""
+    """Puts a memory module into its slot and waits until all of it is online; where that is. A crash before that would
+    find kexec locked by the update of its header (kernel/kexec_core.c:__crash_kexec()), and start no capture kernel."""
     dimm = g.plug(name)
     added = Range(dimm.paddr, dimm.paddr + dimm.size)
-    g.sh(
-        f"until grep -q '^ *{added.start:x}-{added.end - 1:x} : System RAM' /proc/iomem; do sleep 0.1; done", timeout=30
-    )
+    block = int(g.sh("cat /sys/devices/system/memory/block_size_bytes"), 16)
+    for number in range(added.start // block, added.end // block):
+        g.sh(f"until grep -qx online /sys/devices/system/memory/memory{number}/state; do sleep 0.1; done", timeout=30)
     return added
 
 
