@@ -42,7 +42,7 @@ if [ -e /etc/oldmem-run ]; then
 	sh /etc/oldmem-run
 	tell "collector ended with status $?"
 	if [ -e /run/oldmem/guard.json ]; then
-		oldmem done || tell "oldmem done ended with status $?: not all of the vmcore could be read"
+		oldmem "done" || tell "oldmem done ended with status $?: not all of the vmcore could be read"
 	fi
 fi
 

@@ -294,6 +294,8 @@ def test_broken_page_of_a_folio_that_is_not_poisoned_itself_is_refused_alone() -
 def test_any_poisoned_folio_is_refused_whole_where_hugetlb_cannot_be_told() -> None:
     kernel = DyingKernel()
     kernel.memmap([0], {512: THP_HEAD + TAIL * 511, 2048: POISONED_PAGE})
+    for key in HUGE:
+        del kernel.keys[key]
     poisoned, _ = runs(scanned(kernel, [0], RangeSet([(0, SECTION)]))[0])
     assert poisoned == RangeSet([(512 * PAGE, 1024 * PAGE), (2048 * PAGE, 2049 * PAGE)])
 

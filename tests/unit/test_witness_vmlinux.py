@@ -29,6 +29,7 @@ BANNER = b"Linux version 6.12.0-test (kernel@example) (gcc 14.2) #1 SMP Debian\n
 BUILD_ID = "0123456789abcdef0123456789abcdef01234567"
 MIB2 = 2 << 20
 PAGE_OFFSETS = {"flags": (0, 8), "_mapcount": (48, 4), "compound_head": (8, 8)}
+PAGE_OFFSETS |= {"mapping": (24, 8), "private": (40, 8), "_refcount": (52, 4)}
 
 
 def page_btf() -> MadeBtf:
@@ -46,7 +47,7 @@ def page_btf() -> MadeBtf:
     bits = made.structure("", 128, [("bits", made.array(long, 16), 0)])
     made.add("TYPEDEF", "nodemask_t", bits)
     made.enum("pageflags", {"PG_locked": 0, "PG_lru": 5, "PG_head": 6, "PG_hwpoison": 20})
-    made.enum("pagetype", {"PGTY_buddy": 0xF0, "PGTY_offline": 0xF1})
+    made.enum("pagetype", {"PGTY_buddy": 0xF0, "PGTY_offline": 0xF1, "PGTY_hugetlb": 0xF4, "PGTY_slab": 0xF5})
     return made
 
 
