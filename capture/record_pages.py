@@ -48,8 +48,9 @@ class Reader:
             segments = dump.machine.firmware_segments(firmware) if firmware else []
         except SourceError:
             segments = []
-        ways = (dump.exact.untracked(), ExactMemory(OldMemory(dump.memory.segments, self.early)))
-        self._ways = (*ways, ExactMemory(OldMemory(segments, tables)))
+        core = dump.machine.core
+        ways = (dump.exact.untracked(), ExactMemory(OldMemory(dump.memory.segments, self.early, core)))
+        self._ways = (*ways, ExactMemory(OldMemory(segments, tables, core)))
 
     def read(self, paddr: int, size: int) -> bytes:
         """As guard.witness.memory.Memory."""
