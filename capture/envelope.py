@@ -31,10 +31,10 @@ class Envelope(NamedTuple):
 
     *boot* is RAM that firmware told of, *window* where more may have been plugged (DIMMs), *regions* virtio-mem.
     *disputed* is called RAM by one source where another one speaks against it, *heard* by the kernel's own header
-    alone: the dead kernel's records are looked up there too, but it is dumped only if they confirm it. *admitted* is
-    System RAM of the dead kernel that no source here knows of. Outside lie *no_ram*, which is known to be something
-    else, *decoded*, which a bus may decode and no source calls RAM, and *absent*, of which a recorded machine has no
-    image."""
+    or an image of a recorded machine alone: the dead kernel's records are looked up there too, but it is dumped only if
+    they confirm it. *admitted* is System RAM of the dead kernel that no source here knows of. Outside lie *no_ram*,
+    which is known to be something else, *decoded*, which a bus may decode and no source calls RAM, and *absent*, of
+    which a recorded machine has no image."""
 
     boot: RangeSet
     window: RangeSet
@@ -120,15 +120,16 @@ def envelope(
     # a host bridge may decode, a system board reserve, what is RAM: no RAM in the capture kernel's tree objects
     decoded = reports["iomem"].ranges(report.BUS_WINDOW) - claims.by_two
     out = regions | no_ram | special
+    claimed = boot if claims.fw_cfg else boot | claims.any  # images and the kernel's header are a source too
     boot -= out | decoded
     absent = RangeSet()
     if images:
         absent = boot - images
         boot &= images
     window = claims.hot - boot - regions - no_ram
-    disputed = (claims.fw_cfg & decoded if claims.fw_cfg else claims.any) - out - boot - window
-    decoded -= claims.any
-    heard = header - regions - no_ram - decoded - boot - disputed
+    disputed = (claimed & decoded if claims.fw_cfg else claimed) - out - absent - boot - window
+    decoded -= claimed | claims.any
+    heard = (header | images) - regions - no_ram - decoded - boot - disputed
     return Envelope(
         boot,
         window,

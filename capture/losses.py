@@ -7,7 +7,7 @@ shows."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -61,11 +61,30 @@ def cut(dump: Dump) -> list[Loss]:
     for ranges, why in arch.doubts:
         add(ranges - theirs, why)
     add(_unfounded(dump), "the kernel's own header has it, and nothing else tells of it")
-    add((env.absent - theirs).inner_pages(dump.machine.page_size), f"{env.source} calls it RAM, but no image holds it")
     if not env.confirmed and not dump.machine.header_is_the_kernels:
-        add(env.disputed, "one source calls it RAM, another speaks against it, and no dead kernel tells")
-        add(env.window, "nothing tells what was hot-plugged there")
+        _add_unconfirmed(dump, theirs, add)
     return left
+
+
+def _add_unconfirmed(dump: Dump, theirs: RangeSet, add: Callable[[RangeSet, str], None]) -> None:
+    """What may have been RAM, where no dead kernel tells."""
+    env, machine = dump.envelope, dump.machine
+
+    def old(ranges: RangeSet) -> RangeSet:
+        return (ranges - theirs).inner_pages(machine.page_size)
+
+    add(old(env.absent), f"{env.source} calls it RAM, but no image holds it")
+    add(old(env.disputed), "one source calls it RAM, another speaks against it, and no dead kernel tells")
+    add(env.window, "nothing tells what was hot-plugged there")
+    if not machine.reports["fw_cfg"].ram():  # which knows all boot RAM: other pages of an image are those of a hole
+        held = machine.images - (env.all | env.no_ram | env.decoded)
+        add(old(held), "an image holds it, and nothing tells what it is")
+    if machine.core_header:
+        listed = dump.preloaded_ranges() & env.no_ram
+        add(old(listed), "the kernel's own header has it, but firmware or this kernel has something else there")
+    if dump.arch.dead:
+        nodes = RangeSet((paddr, paddr + 1) for paddr in dump.arch.dead.tree().unread).outer_pages(machine.page_size)
+        add(nodes - env.all, f"the dead kernel's resource tree lies there, but {env.source} does not have it")
 
 
 def missing(dump: Dump) -> RangeSet:

@@ -133,10 +133,11 @@ def unlocated_devices(claimed: Iterable[Range], known: Envelope, gated: bool) ->
     *claimed* are its driver's resources; they count only outside of what firmware calls RAM, as no firmware calls such
     a region that (virtio specification, "Memory Device"). *gated* if the in-kernel driver gates all such devices."""
     why = "known from the dead kernel only"
-    possible = known.window if known.by_firmware else known.window | known.boot
-    found = RangeSet(claimed) & possible
+    elsewhere = known.regions | known.boot if known.by_firmware else known.regions
+    found = RangeSet(claimed) - elsewhere
     if len(found) > MAX_UNLOCATED:  # no tree of a sound kernel: nothing of what it could speak about is believed
-        found = possible
+        first, *_, last = found
+        found = (known.window | RangeSet([(first.start, last.end)])) - elsewhere
     return [Device(f"virtio-mem {r.start:#x}", r, 0, 4096, 0, 0, 0, None, why, gated) for r in found]
 
 

@@ -52,10 +52,12 @@ def resource_at(walk: PageWalk, vaddr: int, layout: Layout = FIXED["resource"]) 
 
 class Tree(NamedTuple):
     """All of a resource tree that could be read, in the order of /proc/iomem. *flaw* is the first reason why that is
-    not all of it, or why it cannot be what a kernel had; None if it is sound."""
+    not all of it, or why it cannot be what a kernel had; None if it is sound. *unread* are the physical addresses of
+    nodes that could not be read."""
 
     resources: list[Resource]
     flaw: str | None
+    unread: tuple[int, ...] = ()
 
 
 def walk_resources(
@@ -79,6 +81,7 @@ def read_tree(
     found: list[Resource] = []
     names: dict[int, str] = {}
     flaws = _Flaws(problems)
+    unread: list[int] = []
     seen = {root}
     node = unpacker(layout, "start", "end", "name", "flags", "sibling", "child")
     start, end, _, _, _, child = node(walk.read(root, layout.size))
@@ -98,6 +101,8 @@ def read_tree(
             start, end, name_at, flags, sibling, child = node(walk.read(vaddr, layout.size))
         except (WitnessError, ReadError) as error:
             flaws.note(f"node {vaddr:#x} cannot be read, it and what follows it is left out: {error}")
+            if isinstance(error, ReadError):
+                unread.append(error.paddr)
             continue
         if start > end + 1:
             flaws.note(f"node {vaddr:#x} has start {start:#x} behind end {end:#x}, left out")
@@ -121,7 +126,7 @@ def read_tree(
             pending.append(_Branch(child, depth + 1, start, end + 1, inside))
         elif child:
             flaws.note(f"node {vaddr:#x} is {_MAX_DEPTH} levels deep, its children are left out")
-    return Tree(found, flaws.first)
+    return Tree(found, flaws.first, tuple(unread))
 
 
 class _Branch(NamedTuple):

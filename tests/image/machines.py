@@ -228,8 +228,9 @@ class RecordedKernel:
         self.put_header(boot)
 
     def shrink(self) -> None:
-        """So little RAM that reading all of it, holes too, is no matter."""
+        """So little RAM that reading all of it, holes too, is no matter. It has no room for a prepared header."""
         self.resize(SMALL)
+        self.put("proc/cmdline", b"root=/dev/vda console=ttyS0\n")
 
     def finish_kernel(self) -> bytes:
         """Write the dead kernel's records; returns its vmcoreinfo text."""

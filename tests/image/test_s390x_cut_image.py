@@ -161,7 +161,7 @@ NO_IMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "zeros": (lambda p: p.write_bytes(bytes(1 << 20)), "not the memory of an s390x machine"),
     "x86 memory": (x86_image, "not the memory of an s390x machine"),
     "empty file": (lambda p: p.write_bytes(b""), "not the memory of an s390x machine"),
-    "few bytes": (lambda p: p.write_bytes(b"\x7fELF"), "not the memory of an s390x machine"),
+    "few bytes": (lambda p: p.write_bytes(b"1234"), "not the memory of an s390x machine"),
     "file that ends in the mark": (
         lambda p: p.write_bytes(bytes(MAGIC_AT) + b"S390E"),
         "not the memory of an s390x machine",

@@ -129,6 +129,27 @@ def test_without_any_source_images_are_what_there_is() -> None:
     assert (env.boot, env.source) == (spans((0, 1)), "images")
 
 
+def test_bus_window_in_images_that_alone_tell_of_ram_is_disputed_and_not_lost_from_sight() -> None:
+    env, _ = made(reports(iomem=[(GIB, 2 * GIB, report.BUS_WINDOW)]), images=spans((0, 3)))
+    assert (env.boot, env.disputed, env.decoded) == (spans((0, 1), (2, 3)), spans((1, 2)), NONE)
+    env, _ = made(reports(iomem=[(GIB, 2 * GIB, report.BUS_WINDOW)]), header=spans((0, 3)))
+    assert (env.boot, env.disputed, env.decoded) == (spans((0, 1), (2, 3)), spans((1, 2)), NONE)
+
+
+def test_bus_window_that_fw_cfg_does_not_call_ram_stays_a_bus_whoever_else_does() -> None:
+    bus = [(GIB, 2 * GIB, report.BUS_WINDOW)]
+    env, _ = made(reports(fw_cfg=[(0, GIB, RAM)], smbios=[(0, 2 * GIB, RAM)], iomem=bus))
+    assert (env.boot, env.disputed) == (spans((0, 1)), NONE)
+
+
+def test_images_beyond_firmwares_tables_are_places_to_look_at_and_no_ram() -> None:
+    """So are those in the hotplug window: firmware that flags boot RAM hot-pluggable does not hide the kernel there."""
+    env, _ = made(reports(smbios=[(0, GIB, RAM)], srat=[(0, GIB, RAM), (4 * GIB, 8 * GIB, HOT)]), images=spans((0, 5)))
+    assert (env.boot, env.window, env.heard) == (spans((0, 1)), spans((4, 8)), spans((1, 5)))
+    assert envelope.unwitnessed(env, NONE).all == spans((0, 1), (4, 8))
+    assert envelope.witnessed(env, spans((0, 1)), online(spans((0, 8))), Problems()).all == spans((0, 1), (4, 8))
+
+
 def test_ram_without_an_image_is_left_out_and_known_to_be_absent() -> None:
     env, _ = made(reports(fw_cfg=[(0, 2 * GIB, RAM)]), images=spans((0, 1)))
     assert (env.boot, env.absent) == (spans((0, 1)), spans((1, 2)))

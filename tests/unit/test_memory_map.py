@@ -128,13 +128,22 @@ def test_two_devices_that_the_kernel_gates_in_one_region_are_no_trouble() -> Non
     assert registry.ram(RangeSet([a.region])) == ram
 
 
-def test_more_devices_than_any_machine_has_close_the_whole_window() -> None:
-    window = RangeSet([(16 * GIB, 32 * GIB)])
+def test_more_devices_than_any_machine_has_close_the_whole_window_and_all_that_they_span() -> None:
+    window = RangeSet([(16 * GIB, 60 * GIB)])
     claimed = [Range(16 * GIB + n * MIB, 16 * GIB + n * MIB + PAGE) for n in range(30_000)]
     devices = memory_map.unlocated_devices(claimed, env_of([(MIB, GIB)], window), False)
     assert [d.region for d in devices] == list(window)
+    devices = memory_map.unlocated_devices(claimed, env_of([(MIB, GIB)]), False)
+    assert [d.region for d in devices] == [Range(claimed[0].start, claimed[-1].end)]
     some = memory_map.unlocated_devices(claimed[:20], env_of([(MIB, GIB)], window), False)
     assert [d.region for d in some] == claimed[:20]
+
+
+def test_device_that_only_the_dead_kernel_tells_of_has_a_rule_in_no_window_too() -> None:
+    """Firmware need not tell of a window (no SRAT); nothing of the region is read without the device's word."""
+    claimed = [Range(16 * GIB, 17 * GIB), Range(0, 2 * MIB)]
+    devices = memory_map.unlocated_devices(claimed, env_of([(0, GIB)]), False)
+    assert [(d.region, d.bitmap) for d in devices] == [(claimed[0], None)]
 
 
 page_ranges = st.lists(st.tuples(st.integers(0, 64), st.integers(0, 64)), max_size=6)

@@ -100,6 +100,11 @@ class Field:
         self.drop(NOTE_PLACE)
         self.document.pop("vmcoreinfo_paddr", None)
 
+    def without_header(self) -> None:
+        """The kernel has no /proc/vmcore, and nobody tells where the header that it was booted with is."""
+        self.drop("proc/vmcore")
+        self.put("proc/cmdline", b"console=ttyS0\n")
+
     def _held(self) -> Iterator[tuple[int, int, str, int]]:
         """(physical address, bytes, image, offset in it) of each run of pages that are held."""
         for entry in [*self.document["ram"], *self.document["virtio_mem"]]:

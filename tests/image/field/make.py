@@ -5,9 +5,10 @@
 
 BASE is a recorded machine with all of its memory, and live-truth.json beside its machine.json if there is one. The
 fixture has what `oldmem record --minimal` writes of it, with the pages that any of several ways to look at it touch:
-both layouts, both modes, without fw_cfg, without a word on where the note is. The printk log, the prepared header
-(elfcorehdr=) and what makedumpfile wants of the kernel itself are in it too. To be made anew when more of old memory is
-read than was; the archive depends on BASE and on what is read of it, and on nothing else."""
+both layouts, both modes, without fw_cfg, without any copy of /sys and /proc, without a word on where the note is. The
+printk log, the prepared header (elfcorehdr=) and what makedumpfile wants of the kernel itself are in it too. To be made
+anew when more of old memory is read than was; the archive depends on BASE and on what is read of it, and on nothing
+else."""
 
 from __future__ import annotations
 
@@ -51,12 +52,19 @@ def _without_fw_cfg(document: dict[str, Any], root: Path) -> None:
     shutil.rmtree(root / FW_CFG, ignore_errors=True)
 
 
+def _without_root(document: dict[str, Any], root: Path) -> None:
+    _note_searched_for(document, root)
+    shutil.rmtree(root)
+    root.mkdir()
+
+
 VARIANTS: list[tuple[str, str, Change]] = [
     (CUT, DYNAMIC, _as_it_is),
     (KERNEL, DYNAMIC, _as_it_is),
     (CUT, PRELOADED, _as_it_is),
     (CUT, DYNAMIC, _note_searched_for),
     (CUT, DYNAMIC, _without_fw_cfg),
+    (CUT, DYNAMIC, _without_root),
 ]
 
 
@@ -88,7 +96,8 @@ def _touch(base: Path, touched: Touched) -> None:
                 continue
             list(dump.map())
             _touch_log(dump)
-            _touch_prepared(dump)
+            if change is not _without_root:
+                _touch_prepared(dump)
             _touch_symbols(dump)
             dump.close()
 
