@@ -99,8 +99,10 @@ class X86_64(Arch):
     def _find_dead(self, dump: Dump) -> DeadKernel | None:
         # in boot RAM only: the kernel allocates the page of its note (crash_save_vmcoreinfo_init, a subsys_initcall)
         # before any driver of hot-plugged memory starts, and is never loaded into that. What firmware's tables lack of
-        # boot RAM, or flag as hot-pluggable, the kernel's own header lists, and images hold
-        boot = dump.registry.ram((dump.envelope.boot | dump.envelope.heard) & dump.memory.covered)
+        # boot RAM, images of a recorded machine may hold; what the kernel's own header alone has may be unplugged by
+        # now, and is not searched
+        env = dump.envelope
+        boot = dump.registry.ram((env.boot | (env.heard & self.machine.images)) & dump.memory.covered)
         wanted = note_search.Wanted(
             self.machine.vmcoreinfo_paddr,
             self.machine.reports["iomem"].ranges(report.OWN_RAM) - RangeSet([LOW_MEMORY]),

@@ -59,7 +59,9 @@ def test_recorded_machine_gives_the_same_map_header_and_bytes(
         assert spans[0] == spans[1]
     # a device has its own name there, and is asked; all else is the same
     assert ours["entries"] == theirs["entries"]
-    assert ours["problems"] == [line for line in theirs["problems"] if "makedumpfile" not in line]  # which is there alone
+    assert ours["problems"] == [
+        line for line in theirs["problems"] if "makedumpfile" not in line
+    ]  # which is there alone
     assert ours["envelope_source"] == theirs["envelope_source"]
     assert (got / "minimal/pages.raw").stat().st_blocks * 512 < 64 * MiB
 
