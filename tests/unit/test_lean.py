@@ -97,3 +97,17 @@ d["self"] = d
 print(d, OrderedDict(b=2))
 """
     assert run(code, lean=True) == run(code, lean=False)
+
+
+def test_the_images_help_reads_as_ever() -> None:
+    code = """
+from capture.arguments import parser
+import argparse
+top = parser("1")
+print(top.format_help())
+for action in top._actions:
+    if isinstance(action, argparse._SubParsersAction):
+        for sub in action.choices.values():
+            print(sub.format_help())
+"""
+    assert run(code, lean=True).split() == run(code, lean=False).split()
