@@ -7,11 +7,14 @@ shows."""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import TYPE_CHECKING, NamedTuple
 
-from capture.envelope import FIRST_MIB
+from capture.envelope import FIRST_MIB, RAM_SOURCES
+from capture.sources import report
+from guard.errors import ReadError, WitnessError
 from guard.ranges import Range, RangeSet
 from guard.registry import NOT_RAM
 
@@ -82,9 +85,26 @@ def _add_unconfirmed(dump: Dump, theirs: RangeSet, add: Callable[[RangeSet, str]
     if machine.core_header:
         listed = dump.preloaded_ranges() & env.no_ram
         add(old(listed), "the kernel's own header has it, but firmware or this kernel has something else there")
-    if dump.arch.dead:
-        nodes = RangeSet((paddr, paddr + 1) for paddr in dump.arch.dead.tree().unread).outer_pages(machine.page_size)
-        add(nodes - env.all, f"the dead kernel's resource tree lies there, but {env.source} does not have it")
+    told = RangeSet(r for name in RAM_SOURCES for r in machine.reports[name].ram()) or machine.images
+    devices = told & machine.reports["iomem"].ranges(report.DEVICE)
+    add(old(devices), f"{env.source} calls it RAM, but this kernel has a device there")
+    records = RangeSet((paddr, paddr + 1) for paddr in _records(dump)).outer_pages(machine.page_size)
+    add(records - env.all, f"the dead kernel's records lie there, but {env.source} does not have it")
+
+
+def _records(dump: Dump) -> Iterator[int]:
+    """Physical addresses at which the dead kernel must have had RAM: of its note, as firmware was told; of its image,
+    page tables, and the nodes of its resource tree."""
+    machine, dead = dump.machine, dump.arch.dead
+    if machine.vmcoreinfo_paddr is not None:
+        yield machine.vmcoreinfo_paddr
+    if dead is None:
+        return
+    yield dead.walk.root_paddr
+    yield from dead.tree().unread
+    if (stext := dead.info.symbol("_stext")) is not None:
+        with contextlib.suppress(WitnessError, ReadError):  # it is asked about by others, who tell
+            yield dead.walk.translate(stext)
 
 
 def missing(dump: Dump) -> RangeSet:

@@ -104,7 +104,7 @@ def check(dump: Dump, pages: dict[int, bytes], vouched: RangeSet | None) -> None
     assert len(dump.problems) < 400
     readable = dump.readable()
     shown = covered(dump.memory.segments)
-    assert not shown - dump.envelope.all
+    assert not dump.registry.ram(shown) - dump.envelope.all
     if vouched is not None:
         assert not readable - vouched
         assert dump.vmcore.size < 8 * dump.envelope.all.size

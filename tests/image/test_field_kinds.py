@@ -263,6 +263,12 @@ NO_RECORDS: list[tuple[str, Change, RangeSet, str]] = [
     ("second node flagged", all_of(without(FW_CFG, DMI), SECOND_NODE_FLAGGED), RangeSet([HIGH]), "hot-plugged there"),
     ("SMBIOS up to 3 GiB", all_of(smbios(LOW), without(SRAT)), RangeSet([HIGH]), "an image holds it"),
     (
+        "BAR over half of RAM",
+        iomem("100000000-10fffffff : 0000:00:07.0"),
+        RangeSet([HIGH]),
+        "fw_cfg calls it RAM, but this kernel has a device there",
+    ),
+    (
         "bus window inside of the only image",
         all_of(WITHOUT_TABLES, iomem("104000000-1040fffff : PCI Bus 0000:01")),
         RangeSet([MIDDLE]),
@@ -326,7 +332,7 @@ def test_resource_tree_in_memory_that_nobody_calls_ram_is_no_complete_dump(machi
     answer = look(machine.write())
     assert not answer.readable & RangeSet([UPPER])
     assert answer.status == 4
-    assert answer.says(" is lost: the dead kernel's resource tree lies there, but fw_cfg does not have it")
+    assert answer.says(" is lost: the dead kernel's records lie there, but fw_cfg does not have it")
 
 
 def test_header_of_the_kernel_that_lists_what_firmware_calls_reserved_is_told_where_no_dead_kernel_tells(
