@@ -93,18 +93,20 @@ def _add_unconfirmed(dump: Dump, theirs: RangeSet, add: Callable[[RangeSet, str]
 
 
 def _records(dump: Dump) -> Iterator[int]:
-    """Physical addresses at which the dead kernel must have had RAM: of its note, as firmware was told; of its image,
-    page tables, and the nodes of its resource tree."""
+    """Physical addresses at which the dead kernel must have had RAM: of its note, as firmware was told; of the nodes of
+    its resource tree; of its page tables and image, but only where these lie in what is known to be no RAM, for
+    elsewhere a damaged phys_base is more likely."""
     machine, dead = dump.machine, dump.arch.dead
     if machine.vmcoreinfo_paddr is not None:
         yield machine.vmcoreinfo_paddr
     if dead is None:
         return
-    yield dead.walk.root_paddr
     yield from dead.tree().unread
+    places = [dead.walk.root_paddr]
     if (stext := dead.info.symbol("_stext")) is not None:
         with contextlib.suppress(WitnessError, ReadError):  # it is asked about by others, who tell
-            yield dead.walk.translate(stext)
+            places.append(dead.walk.translate(stext))
+    yield from (paddr for paddr in places if paddr in dump.envelope.no_ram)
 
 
 def missing(dump: Dump) -> RangeSet:
