@@ -24,10 +24,6 @@ class _Stop(Exception):
     pass
 
 
-def _stop(_signal: int, _frame: object) -> None:
-    raise _Stop
-
-
 def serve_until_stopped(server: FuseServer, undo: list[str]) -> None:
     """Serve in this process (its main thread) until unmounted or one of STOP_SIGNALS; then take the server's mounts on
     *undo* away, last one first."""
@@ -35,15 +31,24 @@ def serve_until_stopped(server: FuseServer, undo: list[str]) -> None:
     for fd in (server.c.wake_fd, ring):
         os.set_blocking(fd, False)
     signal.set_wakeup_fd(ring, warn_on_full_buffer=False)
+    stopping = False
+
+    def stop(_signal: int, _frame: object) -> None:
+        nonlocal stopping
+        if not stopping:  # the second of two signals must not interrupt what the first one has begun
+            stopping = True
+            raise _Stop
+
     try:
-        for number in STOP_SIGNALS:
-            signal.signal(number, _stop)
-        server.serve()
+        try:
+            for number in STOP_SIGNALS:
+                signal.signal(number, stop)
+            server.serve()
+        finally:
+            stopping = True
     except _Stop:
         pass
     finally:
-        for number in STOP_SIGNALS:
-            signal.signal(number, signal.SIG_IGN)
         unmount_all(undo, server.device)
 
 
