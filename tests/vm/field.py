@@ -120,15 +120,22 @@ def check_core(g: Guest, core: Path) -> None:
             assert program.read(at, PAGE, physical=True) in (truth.host_bytes(g, at, PAGE), bytes(PAGE))
 
 
+_ENABLED, _HOT_PLUGGABLE = 1, 2
+
+
 def azure_srat(boot: Iterable[tuple[int, int]], cpus: int) -> bytes:
-    """A SRAT as Hyper-V and Azure have it: boot memory and windows up to 2^52, every entry enabled and hot-pluggable
-    (ACPI 6.5, 5.2.16.2). Its identifiers are those of QEMU's own tables, its OEM revision is higher than theirs."""
+    """A SRAT as Hyper-V and Azure have it: boot memory and windows up to 2^52, every entry enabled and
+    hot-pluggable."""
     spans = sorted(boot)
-    end = spans[-1][1]
-    spans += [(end, 1 << 40), (1 << 40, 1 << 52)]
+    return srat([*spans, (spans[-1][1], 1 << 40), (1 << 40, 1 << 52)], cpus, _ENABLED | _HOT_PLUGGABLE)
+
+
+def srat(spans: Iterable[tuple[int, int]], cpus: int, flags: int = _ENABLED) -> bytes:
+    """A SRAT of these ranges (ACPI 6.5, 5.2.16.2). Its identifiers are those of QEMU's own tables, its OEM revision is
+    higher than theirs."""
     body = struct.pack("<IQ", 1, 0)
     body += b"".join(struct.pack("<BBBBIB3sI", 0, 16, 0, cpu, 1, 0, bytes(3), 0) for cpu in range(cpus))
-    body += b"".join(struct.pack("<BBIHQQIIQ", 1, 40, 0, 0, a, b - a, 0, 3, 0) for a, b in spans)
+    body += b"".join(struct.pack("<BBIHQQIIQ", 1, 40, 0, 0, a, b - a, 0, flags, 0) for a, b in spans)
     head = struct.pack("<4sIBB6s8sI4sI", b"SRAT", 36 + len(body), 3, 0, b"BOCHS ", b"BXPC    ", 2, b"BXPC", 1)
     table = bytearray(head + body)
     table[9] = -sum(table) & 0xFF

@@ -141,6 +141,25 @@ def test_efi_machine_with_soft_reserved_memory_that_became_system_ram(guest: Mak
     field.collect(g, word, "cp /proc/vmcore /dev/null")
 
 
+def test_memory_module_that_no_firmware_table_knows_is_read_on_the_dead_kernels_word(guest: MakeGuest) -> None:
+    g = guest(
+        "7",
+        dimms=[Dimm("d0", 256 * MiB)],
+        fw_cfg=False,
+        hint=False,
+        tables={"SRAT": field.srat([(0, LOW), (HIGH, HIGH + 256 * MiB)], cpus=2)},
+    )
+    g.put(field.SCRIPTS)
+    g.load("c", "acpi_no_memhotplug")
+    added = plug(g, "d0")
+    word = field.live_word(g)
+    assert (word.ram | word.broken).covers(*added)
+    g.crash()
+    told = field.check_map(g, word)
+    assert f"{added} was System RAM that no firmware table here calls RAM" in " ".join(told["problems"])
+    field.collect(g, word, "cp /proc/vmcore /dev/null")
+
+
 def test_memory_module_that_the_capture_kernel_took_for_itself_is_told_as_lost(guest: MakeGuest) -> None:
     # its slot is seen once more; without acpi_no_memhotplug the capture kernel brings it online, and even its own
     # /proc/vmcore ends there with EFAULT (arch/x86/mm/ioremap.c: "ioremap on RAM")
