@@ -66,7 +66,7 @@ def test_a_header_that_the_kernel_does_not_take_sends_back_once_to_the_vmcore_as
     assert g.ready.vmcore
     assert head(g).read_bytes() == before
     g.put_boot_files()
-    assert g.run("oldmem stage2") == (1, "oldmem: this kernel was come back to from stage 2: that is tried once\n")
+    assert g.run("oldmem stage2 -q") == (1, "oldmem: this kernel was come back to from stage 2: that is tried once\n")
     said = g.sh("oldmem init --via auto")
     assert "came back from stage 2: /proc/vmcore: the kernel made none" in said
     assert "fuse: no command that could take a library; no stage 2: this kernel was come back to" in said
