@@ -147,7 +147,7 @@ def test_a_header_in_the_way_of_a_segment_goes_elsewhere(crashed_guest: MakeCras
     command = script(g, IN_THE_WAY)
     g.put_boot_files()
     g.serial.send(f"{command} --pinned > /dev/ttyS0 2>&1")
-    seen = g.serial.wait_said(r"oldmem: not there: 0x([0-9a-f]+)", 100)
+    seen = g.serial.wait_said(r"oldmem: not there: 0x([0-9a-f]+)[\r\n]", 100)
     g.ready = g.serial.wait_ready(60)
     assert g.ready.vmcore
     assert f"elfcorehdr=0x{seen}" not in g.sh("cat /proc/cmdline")
