@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from itertools import pairwise
 from typing import Protocol
 
+from capture import notes
 from capture.dump import Dump
 from capture.elfcore import page_align
 from capture.sources import report
@@ -141,10 +142,10 @@ class InPlace:
 
 def prepared_at(dump: Dump) -> int:
     """Physical address of the prepared header. Raises SourceError where the command line names none."""
-    for finding in dump.machine.reports["cmdline"].findings:
-        if finding.kind == report.ELFCOREHDR:
-            return finding.start
-    raise SourceError("no elfcorehdr= on the command line: there is no prepared header")
+    at = notes.prepared_at(dump.machine)
+    if at is None:
+        raise SourceError("no elfcorehdr= on the command line: there is no prepared header")
+    return at
 
 
 class Pinned:
