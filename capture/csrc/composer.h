@@ -37,11 +37,6 @@ static inline uint64_t plan_page(const struct composer *c)
 	return UINT64_C(1) << c->plan->page_shift;
 }
 
-static inline void tally_add(uint64_t *counter, uint64_t n)
-{
-	__atomic_fetch_add(counter, n, __ATOMIC_RELAXED);
-}
-
 /*
  * As mmap(2) of the plan's file of that index, PROT_READ and MAP_SHARED; `fixed` is MAP_FIXED, MAP_FIXED_NOREPLACE or 0.
  * The address, or MAP_FAILED with -errno in *err.

@@ -2,7 +2,9 @@
 #define _GNU_SOURCE
 #include "faults.h"
 
+#include <linux/futex.h>
 #include <sys/mman.h>
+#include <time.h>
 
 #include "sigbus.h"
 #include "sys.h"
@@ -36,28 +38,44 @@ bool faults_show_memory(const struct composer *c, uintptr_t at)
 	return vma_at(at, &vma) && page_of(c, &vma, at) >= 0;
 }
 
+/* The kernel reads the word, and says EFAULT where this thread would get a signal. */
+static bool is_readable(uintptr_t at)
+{
+	static const struct timespec at_once;
+
+	return !syscall(SYS_futex, at, FUTEX_WAIT_PRIVATE, 0, &at_once, NULL, 0) || errno != EFAULT;
+}
+
+/* A zero page at `at` if that is a page of ours. False where it is not, or the process has no room for mappings. */
+static bool put_zeros(const struct composer *c, uintptr_t at)
+{
+	const int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED;
+	struct vma vma;
+	int64_t page;
+
+	if (!vma_at(at, &vma))
+		return false;
+	/* another thread, which wanted the same page, has been here before */
+	if (!vma.dev && !vma.ino)
+		return is_readable(at);
+	page = page_of(c, &vma, at);
+	if (page < 0 || c->mmap((void *)at, plan_page(c), PROT_READ, flags, -1, 0) == MAP_FAILED)
+		return false;
+	__atomic_fetch_or(&c->tally->failed[page / 64], UINT64_C(1) << page % 64, __ATOMIC_RELAXED);
+	return true;
+}
+
 static bool on_sigbus(const siginfo_t *info, void *context)
 {
 	const struct composer *c = __atomic_load_n(&catching, __ATOMIC_ACQUIRE);
-	const uint64_t size = plan_page(c);
-	uintptr_t at = (uintptr_t)info->si_addr & ~(uintptr_t)(size - 1);
 	int saved = errno;
-	int64_t page = -1;
-	struct vma vma;
+	bool done;
 
 	(void)context;
 	/* one that kill(2) has sent has no address */
-	if (info->si_code > 0 && vma_at(at, &vma))
-		page = page_of(c, &vma, at);
-	if (page >= 0 && c->mmap((void *)at, size, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0) ==
-	    MAP_FAILED)
-		page = -1;
-	if (page >= 0) {
-		__atomic_fetch_or(&c->tally->failed[page / 64], UINT64_C(1) << page % 64, __ATOMIC_RELAXED);
-		tally_add(&c->tally->faults, 1);
-	}
+	done = info->si_code > 0 && put_zeros(c, (uintptr_t)info->si_addr & ~(uintptr_t)(plan_page(c) - 1));
 	errno = saved;
-	return page >= 0;
+	return done;
 }
 
 bool faults_catch(const struct composer *c)

@@ -48,8 +48,7 @@ struct plan {
 struct plan_tally {
 	uint64_t pages_shown;
 	uint64_t refused[PLAN_RULES];	/* pages, by rule */
-	uint64_t faults;		/* pages that failed when they were touched, repeated ones counted again */
-	uint64_t failed[];		/* which pages these were: a bit for each page of all segments */
+	uint64_t failed[];		/* pages that were not there when they were touched: a bit for each of all segments */
 };
 
 #endif
