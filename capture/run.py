@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from capture.dump import Dump
 from capture.elfcore import page_align
-from capture.fuse import MS_BIND, mount
+from capture.mounts import MS_BIND, mount
 from capture.programs import is_static, wait
 from guard import procvmcore
 from guard._core import ffi, lib
