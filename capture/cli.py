@@ -77,10 +77,11 @@ def open_dump(args: argparse.Namespace) -> Dump:
 
 def finished(dump: Dump) -> int:
     """The exit status that says whether everything readable could be read; tells what could not."""
-    from capture.losses import losses
+    from capture.losses import losses, unlisted
 
     faults = [f for f in dump.memory.faults() if f.errno != errno.ENXIO]  # what no source shows is told once
-    lines = [f"{f.range} could not be read and is zeros: {os.strerror(f.errno)}" for f in faults]
+    lines = unlisted(dump.memory.unlisted_faults)
+    lines += [f"{f.range} could not be read and is zeros: {os.strerror(f.errno)}" for f in faults]
     lines += [f"{r} is lost: {why}" for r, why in losses(dump)]
     dump.close()
     return incomplete(lines)

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from capture.init import FOLDER, GUARD, MAP
+from capture.losses import unlisted
 from capture.mounts import KIND, mounts_on, unmount_all
 from guard import child, procvmcore, whole_file
 from guard.errors import Error
@@ -65,6 +66,7 @@ def _copy(path: str, fd: int) -> None:
 def _lost(data: bytes, path: str) -> Iterator[str]:
     try:
         found: dict[str, Any] = json.loads(data)
+        yield from unlisted(int(found.get("unlisted_faults", 0)))
         for part, what in (("lost", "is lost"), ("unreadable", "could not be read and is zeros")):
             for item in found.get(part, []):
                 yield f"{Range(item['start'], item['end'])} {what}: {item['why']}"

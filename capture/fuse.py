@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import mmap
 import os
 import stat
 import time
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from capture.mounts import KIND, MS_NODEV, MS_NOEXEC, MS_NOSUID, MS_RDONLY, mount, mounts_on, resolved
 from capture.vmcore import Vmcore
+from guard import shared
 from guard._core import ffi, lib
 from guard.errors import Error
 
@@ -70,8 +70,8 @@ class FuseServer:
             c.kind, c.name = kind, name.encode()
             # a file: who goes on after this process has the bytes that a reader was told the size of
             c.text_fd = os.memfd_create(f"oldmem {name}", os.MFD_CLOEXEC) if make else -1
-        self._page = mmap.mmap(-1, ffi.sizeof("struct fuse_shared"))  # MAP_SHARED
-        self.shared: CData = ffi.cast("struct fuse_shared *", ffi.from_buffer("char[]", self._page))
+        self._shared = shared.new("struct fuse_shared")
+        self.shared: CData = ffi.cast("struct fuse_shared *", self._shared)
         try:
             # not to block: between poll(2) and read(2) a request may be withdrawn
             self.fd = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from capture.envelope import FIRST_MIB, RAM_SOURCES
 from capture.sources import report
 from guard.errors import ReadError, WitnessError
+from guard.physmem import MAX_FAULTS
 from guard.ranges import Range, RangeSet
 from guard.registry import NOT_RAM
 
@@ -31,6 +32,13 @@ class Loss(NamedTuple):
 
     range: Range
     why: str
+
+
+def unlisted(page_reads: int) -> list[str]:
+    """A line about the reads of pages that failed and are not among the runs that are listed, if there are any."""
+    if not page_reads:
+        return []
+    return [f"{page_reads} reads of pages failed beyond the {MAX_FAULTS} runs that can be listed, and gave zeros"]
 
 
 def losses(dump: Dump) -> list[Loss]:

@@ -184,6 +184,7 @@ def guard_json(dump: Dump, most: int | None = None) -> dict[str, Any]:
         "unreadable": [
             {"start": f.range.start, "end": f.range.end, "why": os.strerror(f.errno)} for f in memory.faults()
         ],
+        "unlisted_faults": memory.unlisted_faults,
         "lost": [{"start": r.start, "end": r.end, "why": why} for r, why in islice(losses(dump), most)],
         "late_dumps": dump.machine.late_dumps(),
         "devices": [device_json(d, most) for d in dump.machine.devices],

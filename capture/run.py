@@ -173,7 +173,8 @@ class Plan:
         for f in tally.faults[0 : min(tally.n_faults, lib.PLAN_FAULTS)]:
             faults.append(Fault(Range(f.first << shift, f.end << shift), f.error))
         refused = [tally.refused[i] for i, _ in enumerate(dump.registry)]
-        dump.memory.account(tally.pages_shown << shift, refused, faults)
+        unlisted = max(tally.n_faults - lib.PLAN_FAULTS, 0)
+        dump.memory.account(tally.pages_shown << shift, refused, faults, unlisted)
         return int(tally.loaded)
 
     def check_in_place(self) -> None:

@@ -186,8 +186,14 @@ class GuardedMemory:
         return Counters(self._memory.bytes_read, self._memory.bytes_refused, self._registry.counters())
 
     def faults(self) -> list[Fault]:
-        """Pages that the rules allow and that could not be read so far, ascending: zeros were given for them."""
+        """Pages that the rules allow and that could not be read so far, ascending: zeros were given for them. All of
+        them where :attr:`unlisted_faults` is 0."""
         return self._memory.faults()
+
+    @property
+    def unlisted_faults(self) -> int:
+        """Reads of pages that failed and for which :meth:`faults` had no room; what is read twice counts twice."""
+        return self._memory.unlisted_faults
 
     def _check_open(self) -> None:
         if self._closed:

@@ -9,6 +9,7 @@ from bisect import bisect_right
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, NamedTuple
 
+from guard import shared
 from guard._core import ffi, lib
 from guard.errors import ReadError, SourceError
 from guard.ranges import Range, RangeSet
@@ -25,7 +26,7 @@ CORE: int = lib.PHYSMEM_CORE
 
 # 256 KiB of page tables for each window of /dev/mem, 4 MiB for all of them, whatever the machine's size
 WINDOW_SIZE = 128 << 20
-MAX_FAULTS = 4096
+MAX_FAULTS: int = lib.TALLY_FAULTS
 MAX_END, MAX_FILE_SIZE = 1 << 64, 1 << 63
 
 
@@ -94,21 +95,22 @@ def whole_pages(segments: Iterable[Segment], page_size: int) -> list[Segment]:
 class OldMemory:
     """Guarded reads. Owns neither the registry nor the file descriptors; one object serves one thread at a time.
 
-    *core* is the file of segments that are read by CORE."""
+    Processes that are forked from the one that made it count into the same counters and log as it does, and so may all
+    read, also at the same time. *core* is the file of segments that are read by CORE."""
 
     def __init__(self, segments: list[Segment], registry: Registry, core: CoreFile | None = None) -> None:
         if err := lib.physmem_catch_sigbus():
             raise SourceError(f"cannot catch SIGBUS: {os.strerror(-err)}")
         self.registry = registry
         self._core = core
-        self._faults = ffi.new("struct physmem_fault[]", MAX_FAULTS)
+        self._tally, self._log = shared.new("struct physmem_tally"), shared.new("struct physmem_log")
         self._reader = core.reader() if core else ffi.NULL
         self.c: CData = ffi.new("struct physmem *")
         self.c.gate = registry.slot
         self.c.core = self._reader
         self.c.page_shift = registry.page_size.bit_length() - 1
         self.c.window_size = WINDOW_SIZE
-        self.c.faults, self.c.max_faults = self._faults, MAX_FAULTS
+        self.c.tally, self.c.log = self._tally, self._log
         self._show(segments)
 
     def add(self, segments: list[Segment]) -> None:
@@ -175,31 +177,40 @@ class OldMemory:
         return os.strerror(error)
 
     def faults(self) -> list[Fault]:
-        """The pages that could not be read so far, ascending; of very many (MAX_FAULTS runs) only the first seen."""
-        shift = self.c.page_shift
+        """The pages that could not be read so far, ascending: all of them where :attr:`unlisted_faults` is 0."""
+        shift, log = self.c.page_shift, self._log[0]
         runs: dict[int, list[Range]] = {}
-        for f in self._faults[0 : self.c.n_faults]:
-            runs.setdefault(f.error, []).append(Range(f.first << shift, f.end << shift))
+        for f in log.faults[0 : log.n]:
+            if f.error:
+                runs.setdefault(f.error, []).append(Range(f.first << shift, f.end << shift))
         return sorted(Fault(r, error) for error, found in runs.items() for r in RangeSet(found))
 
     @property
+    def unlisted_faults(self) -> int:
+        """Reads of pages that failed too, and are not in :meth:`faults`, which has room for MAX_FAULTS runs (half of
+        them for pages that no source shows); a page that is read twice counts twice."""
+        return int(self._tally[0].unlisted)
+
+    @property
     def bytes_read(self) -> int:
-        return int(self.c.bytes_read)
+        return int(self._tally[0].bytes_read)
 
     @property
     def bytes_refused(self) -> int:
-        return int(self.c.bytes_refused)
+        return int(self._tally[0].bytes_refused)
 
-    def account(self, bytes_read: int, refused: list[int], faults: Iterable[Fault]) -> None:
-        """Count what another process read of this memory by the same rules: bytes, refused pages by rule, faults."""
-        shift = self.c.page_shift
-        self.c.bytes_read += bytes_read
-        self.c.bytes_refused += sum(refused) << shift
+    def account(self, bytes_read: int, refused: list[int], faults: Iterable[Fault], unlisted_faults: int = 0) -> None:
+        """Count what another process read of this memory by the same rules: bytes, refused pages by rule, faults, and
+        page reads that failed beyond those."""
+        shift, tally, gate = self.c.page_shift, self._tally, self.registry.c
+        lib.tally_add(ffi.addressof(tally[0], "bytes_read"), bytes_read)
+        lib.tally_add(ffi.addressof(tally[0], "bytes_refused"), sum(refused) << shift)
         for i, pages in enumerate(refused):
-            self.registry.c.rules[i].refused[0] += pages
-        for fault, c in zip(faults, self._faults[self.c.n_faults : MAX_FAULTS], strict=False):
-            c.first, c.end, c.error = fault.range.start >> shift, fault.range.end >> shift, fault.errno
-            self.c.n_faults += 1
+            lib.tally_add(gate.rules[i].refused, pages)
+        for (start, end), error in faults:
+            lib.tally_failed(tally, self._log, start >> shift, end >> shift, error)
+        lib.tally_add(ffi.addressof(tally[0], "fault_pages"), unlisted_faults)
+        lib.tally_add(ffi.addressof(tally[0], "unlisted"), unlisted_faults)
 
     def close(self) -> None:
         """Unmap what is mapped; the file descriptors belong to the caller."""

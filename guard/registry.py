@@ -13,6 +13,7 @@ from _thread import allocate_lock
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
+from guard import shared
 from guard._core import ffi, lib
 from guard.pageset import PageSet
 from guard.ranges import Range, RangeSet
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 NOT_RAM = "not-ram"
 RAM = "ram"
 _NO, _YES = 1, 2  # of a callback; 0 is no answer
+_COUNTERS = 512  # at a time: a page of them
 
 
 class GuardWarning(UserWarning):
@@ -139,6 +141,8 @@ class Registry:
         self._pfns = 1 << 64 - self._shift
         self._changing = allocate_lock()
         self._kept: list[object] = []
+        self._counters: list[CData] = []
+        self._counted = 0
         self.slot: CData = ffi.new("struct gate **")
         self._install((), self._new_array(4))
 
@@ -198,10 +202,18 @@ class Registry:
 
     def _put(self, rule: Rule, c: CData) -> None:
         """Fill in a struct gate_rule that no gate in force has."""
-        counter = ffi.new("uint64_t *")
+        counter = self._new_counter()
         c.first, c.end = rule.domain.start >> self._shift, -(-rule.domain.end >> self._shift)
         c.set, c.deny, c.refused = rule.pages.c[0], rule.deny, counter
-        self._kept += rule, counter
+        self._kept.append(rule)
+
+    def _new_counter(self) -> CData:
+        """All processes that are forked from this one count into the same."""
+        at = self._counted % _COUNTERS
+        if not at:
+            self._counters.append(shared.new("uint64_t", _COUNTERS))
+        self._counted += 1
+        return self._counters[-1] + at
 
     def unregister(self, name: str) -> None:
         """Take a rule out of force. Raises KeyError if there is none of that name.

@@ -317,8 +317,9 @@ static void count(_Atomic uint64_t *counter, uint64_t n)
 static void read_with(oldmem_guard *g, struct physmem *m, uint64_t paddr, uint8_t *to, size_t n)
 {
 	const uint32_t shift = g->file.page_shift;
+	struct physmem_tally mine = { 0 };
 
-	m->bytes_read = m->fault_pages = 0;
+	m->tally = &mine;
 	while (n) {
 		int refuser;
 		uint64_t pfn = paddr >> shift, last = paddr + n - 1;
@@ -339,8 +340,9 @@ static void read_with(oldmem_guard *g, struct physmem *m, uint64_t paddr, uint8_
 		to += piece;
 		n -= piece;
 	}
-	count(&g->bytes_read, m->bytes_read);
-	count(&g->pages_failed, m->fault_pages);
+	count(&g->bytes_read, mine.bytes_read);
+	count(&g->pages_failed, mine.fault_pages);
+	m->tally = NULL;
 }
 
 /* More readers than contexts: rather than wait, one maps what it needs for itself. */

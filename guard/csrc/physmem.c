@@ -195,22 +195,6 @@ static const struct physmem_segment *segment_at(const struct physmem *m, uint64_
 	return s;
 }
 
-static void log_fault(struct physmem *m, uint64_t first, uint64_t end, int error)
-{
-	m->fault_pages += end - first;
-	for (size_t i = 0; i < m->n_faults; i++) {
-		struct physmem_fault *f = &m->faults[i];
-
-		if (f->error == error && end >= f->first && first <= f->end) {
-			f->first = first < f->first ? first : f->first;
-			f->end = end > f->end ? end : f->end;
-			return;
-		}
-	}
-	if (m->n_faults < m->max_faults)
-		m->faults[m->n_faults++] = (struct physmem_fault){ first, end, error };
-}
-
 static uint64_t last_pfn_end(const struct physmem *m, uint64_t paddr, size_t n)
 {
 	return ((paddr + n - 1) >> m->page_shift) + 1;
@@ -249,9 +233,9 @@ static int copy_ram(struct physmem *m, uint64_t paddr, uint8_t *to, size_t n, bo
 		}
 		if (err) {
 			memset(to, 0, piece);
-			log_fault(m, paddr >> m->page_shift, last_pfn_end(m, paddr, piece), -err);
+			tally_failed(m->tally, m->log, paddr >> m->page_shift, last_pfn_end(m, paddr, piece), -err);
 		} else if (!strict) {
-			m->bytes_read += piece;
+			tally_add(&m->tally->bytes_read, piece);
 		}
 		paddr += piece;
 		to += piece;
@@ -265,11 +249,10 @@ static const struct gate *gate_in_force(const struct physmem *m)
 	return __atomic_load_n(m->gate, __ATOMIC_ACQUIRE);
 }
 
-/* Readers in other threads may be counting for the same rule. */
 static void count_refused(const struct gate_rule *rule, uint64_t pages)
 {
 	if (rule->refused)
-		__atomic_fetch_add(rule->refused, pages, __ATOMIC_RELAXED);
+		tally_add(rule->refused, pages);
 }
 
 void physmem_read(struct physmem *m, uint64_t paddr, void *buf, size_t n)
@@ -294,7 +277,7 @@ void physmem_read(struct physmem *m, uint64_t paddr, void *buf, size_t n)
 		if (refuser >= 0) {
 			memset(to, 0, piece);
 			count_refused(&gate->rules[refuser], end - pfn);
-			m->bytes_refused += piece;
+			tally_add(&m->tally->bytes_refused, piece);
 		} else {
 			copy_ram(m, paddr, to, piece, false, &bad);
 		}

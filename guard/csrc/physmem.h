@@ -5,8 +5,8 @@
  * Old memory is a list of segments, each some file's view of a physical range: /dev/mem (mapped in windows, because
  * read(2) of it ends at the capture kernel's own memory), an image, a block device (pread), /proc/vmcore. A page
  * that the gate refuses reads as zeros; a page that cannot be read (no segment, EIO, EFAULT, SIGBUS) reads as zeros
- * and is logged; the rest of the request is served. No allocation, and no state but the structure itself and the
- * thread's SIGBUS slot. One structure serves one thread at a time; any number of them may share a gate, which another
+ * and is logged; the rest of the request is served. No allocation, and no state but the structure itself, its counters and
+ * the thread's SIGBUS slot. One structure serves one thread at a time; any number of them may share a gate, which another
  * thread may replace meanwhile (gate_install()): what is copied or zeroed from then on obeys the new one.
  */
 #ifndef OLDMEM_PHYSMEM_H
@@ -14,6 +14,7 @@
 
 #include "corefile.h"
 #include "gate.h"
+#include "tally.h"
 
 enum {
 	PHYSMEM_PREAD,
@@ -37,11 +38,6 @@ struct physmem_window {
 	uint64_t used;		/* clock of the last use: the oldest window makes room */
 };
 
-struct physmem_fault {
-	uint64_t first, end;	/* pfns [first, end) that could not be read */
-	int error;		/* errno; ENXIO where no segment holds the page, ENODATA where it is absent, EFAULT also for SIGBUS */
-};
-
 struct physmem {
 	size_t n;
 	const struct physmem_segment *segments;	/* ascending, disjoint */
@@ -51,10 +47,8 @@ struct physmem {
 	uint64_t window_size;			/* bytes, a power of two */
 	struct physmem_window windows[PHYSMEM_WINDOWS];
 	uint64_t clock;
-	struct physmem_fault *faults;		/* log of max_faults runs; further ones are only counted */
-	size_t n_faults, max_faults;
-	uint64_t fault_pages;			/* page reads that failed, repeated ones counted again */
-	uint64_t bytes_read, bytes_refused;
+	struct physmem_tally *tally;			/* any number of structures may count into one, in any processes */
+	struct physmem_log *log;			/* of what fails; NULL: it is only counted */
 };
 
 /* Install the SIGBUS handler (process-wide, chains to the earlier one); once, before the first read. 0 or -errno. */

@@ -16,7 +16,7 @@ from guard.registry import Registry, bitmap_rule, deny_rule
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent
 PROGRAMS = ("api", "dd", "fuzz", "verdicts")
-CORE = ("liboldmem_guard", "guardfile", "sum64", "bulk", "gate", "pageset", "corefile", "physmem")
+CORE = ("liboldmem_guard", "guardfile", "sum64", "bulk", "gate", "pageset", "corefile", "tally", "physmem")
 SOURCES = [ROOT / "guard/csrc" / f"{name}.c" for name in CORE]
 # of the library that "oldmem run" preloads, but for the functions that it puts in front of libc's
 INSIDE = [ROOT / "capture/csrc" / f"{name}.c" for name in ("compose", "window")]

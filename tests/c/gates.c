@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
  * gates IMAGE: many readers, while another thread puts rules in force and takes them out again, as guard/registry.py
- * does it. Of 64 pages page 0 is always refused; the image, of which page p is full of p + 1, ends behind page 59.
+ * does it. Of 64 pages page 0 is always refused; the image, of which page p is full of p + 1, ends behind page 59. All count
+ * into one tally and log one after the other the same pages.
  */
 #include <err.h>
 #include <fcntl.h>
@@ -19,6 +20,8 @@ enum { PAGE = 4096, PAGES = 64, THERE = 60, RULES = 16, READERS = 4, ROUNDS = 30
 static int image;
 static const struct gate *slot;
 static uint64_t counters[RULES], runs[RULES][2];
+static struct physmem_tally tally;
+static struct physmem_log log_of_all;
 static _Atomic int come;	/* so many rules are in force, and stay so, from page 0 on */
 static _Atomic int ended;
 
@@ -80,7 +83,15 @@ static void *read_on(void *how)
 {
 	uint8_t *bytes = malloc(PAGES * PAGE);
 	struct physmem_segment mine = { .size = PAGES * PAGE, .fd = image, .how = how ? PHYSMEM_MMAP : PHYSMEM_PREAD };
-	struct physmem m = { .n = 1, .segments = &mine, .gate = &slot, .page_shift = 12, .window_size = 8 * PAGE };
+	struct physmem m = {
+		.n = 1,
+		.segments = &mine,
+		.gate = &slot,
+		.page_shift = 12,
+		.window_size = 8 * PAGE,
+		.tally = &tally,
+		.log = &log_of_all,
+	};
 	uint64_t *reads = calloc(1, sizeof(*reads));
 
 	CHECK(bytes && reads);
@@ -133,6 +144,11 @@ int main(int argc, char **argv)
 		free(counted);
 	}
 	CHECK(counters[0] == reads);
+	CHECK(tally.bytes_read + tally.bytes_refused + tally.fault_pages * PAGE == reads * PAGES * PAGE);
+	CHECK(tally.fault_pages == reads * (PAGES - THERE) && !tally.unlisted);
+	CHECK(log_of_all.n);
+	for (uint64_t i = 0; i < log_of_all.n; i++)
+		CHECK(log_of_all.faults[i].error && log_of_all.faults[i].first >= THERE && log_of_all.faults[i].end <= PAGES);
 	while (n_kept)
 		free(kept[--n_kept]);
 	puts("all as it should be");

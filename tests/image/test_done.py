@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -11,8 +12,15 @@ from pathlib import Path
 
 import pytest
 
+from capture.cli import finished
 from capture.done import end
+from capture.dump import build
+from capture.image_machine import ImageMachine
+from capture.recorded import load
+from capture.report import as_json, guard_json
+from guard._core import lib
 from guard.errors import Error
+from guard.physmem import MAX_FAULTS
 from tests.image.machines import LOW, PAGE, RecordedKernel
 
 HAVE_FUSE = os.geteuid() == 0 and os.path.exists("/dev/fuse") and not os.path.exists("/proc/vmcore")
@@ -96,3 +104,17 @@ def test_done_tells_what_was_lost_before_anyone_read(tmp_path: Path) -> None:
         "0x1000-0x2fff is lost: no image holds it",
         "a device dump",
     ]
+
+
+def test_page_reads_beyond_the_list_of_faults_are_told_with_their_number(
+    small: RecordedKernel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dump = build(ImageMachine(load(str(tmp_path / "machine"))))
+    for page in range(0, 2 * MAX_FAULTS + 6, 2):
+        lib.tally_failed(dump.memory.c.tally, dump.memory.c.log, page, page + 1, errno.EFAULT)
+    (tmp_path / "guard.json").write_bytes(as_json(guard_json(dump)))
+    (tmp_path / "map.json").write_text("{}")
+    told = f"3 reads of pages failed beyond the {MAX_FAULTS} runs that can be listed, and gave zeros"
+    assert end(str(tmp_path), str(tmp_path / "vmcore"))[0] == told
+    assert finished(dump) == 4
+    assert capsys.readouterr().err.splitlines()[0] == f"oldmem: warning: {told}"

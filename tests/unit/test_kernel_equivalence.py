@@ -320,7 +320,7 @@ class Histories(RuleBasedStateMachine):
         memory, kernel = self.memory, self.kernel
         assert self.registry.counters() == kernel.refused
         assert (memory.bytes_read, memory.bytes_refused) == (kernel.bytes_read, kernel.bytes_refused)
-        assert int(memory.c.fault_pages) == kernel.fault_pages
+        assert int(memory.c.tally.fault_pages) == kernel.fault_pages
         by_error: dict[int, list[tuple[int, int]]] = {}
         for error, pfn in kernel.faults:
             by_error.setdefault(error, []).append((pfn * PAGE, (pfn + 1) * PAGE))

@@ -6,6 +6,7 @@ from __future__ import annotations
 import errno
 import os
 import random
+import signal
 import tempfile
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -18,6 +19,7 @@ from guard._core import lib
 from guard.errors import ReadError, SourceError
 from guard.physmem import (
     ABSENT,
+    MAX_FAULTS,
     MMAP,
     PREAD,
     ExactMemory,
@@ -251,12 +253,103 @@ def test_faults_reported_from_any_side_are_joined_and_different_errors_are_not(m
     ]
 
 
-def test_log_of_faults_is_bounded_and_reads_go_on() -> None:
-    memory = OldMemory([], Registry())
+def test_what_the_log_of_faults_has_no_room_for_is_counted_and_reads_go_on(make_file: MakeFile) -> None:
+    memory = OldMemory([Segment(0, 10_000 * PAGE, make_file(b""), 0, PREAD, "image")], Registry())
     for page in range(0, 10_000, 2):
         assert memory.read(page * PAGE, 8) == bytes(8)
-    assert len(memory.faults()) == 4096
-    assert int(memory.c.fault_pages) == 5000
+        assert memory.unlisted_faults == max(page // 2 + 1 - MAX_FAULTS, 0)
+    assert memory.faults() == [
+        Fault(Range(page * PAGE, (page + 1) * PAGE), errno.ENODATA) for page in range(0, 2 * MAX_FAULTS, 2)
+    ]
+    assert int(memory.c.tally.fault_pages) == 5000
+    memory.read(0, 4 * PAGE)  # in the log, or next to what is there
+    assert memory.unlisted_faults == 5000 - MAX_FAULTS
+
+
+def test_pages_that_no_source_shows_leave_room_in_the_log_for_those_that_fail(make_file: MakeFile) -> None:
+    memory = OldMemory([Segment(1 << 32, PAGE, make_file(b""), 0, PREAD, "image")], Registry())
+    for page in range(0, 2 * MAX_FAULTS, 2):
+        memory.read(page * PAGE, 8)
+    memory.read(1 << 32, 8)
+    assert memory.faults()[-1] == Fault(Range(1 << 32, (1 << 32) + PAGE), errno.ENODATA)
+    assert len(memory.faults()) + memory.unlisted_faults == MAX_FAULTS + 1
+
+
+def in_children(*works: Callable[[], object]) -> None:
+    """Do all of that at the same time, in a process each, which is killed as soon as it is done."""
+    pids = []
+    for work in works:
+        pid = os.fork()
+        if not pid:
+            try:
+                work()
+                os.kill(os.getpid(), signal.SIGKILL)
+            finally:
+                os._exit(1)
+        pids.append(pid)
+    assert [os.waitpid(pid, 0)[1] for pid in pids] == [signal.SIGKILL] * len(pids)
+
+
+def test_what_a_forked_process_has_read_is_counted_here_though_it_was_killed(make_file: MakeFile) -> None:
+    registry = registry_of(deny_rule("one", RangeSet([(0, PAGE)]), "so"), deny_rule("two", RangeSet([(0, 9)]), "so"))
+    memory = OldMemory([Segment(0, 8 * PAGE, make_file(pattern(6)), 0, PREAD, "image")], registry)
+    memory.read(0, 2 * PAGE)
+    in_children(lambda: memory.read(0, 7 * PAGE))
+    assert (memory.bytes_read, memory.bytes_refused) == (6 * PAGE, 2 * PAGE)
+    assert registry.counters() == {"one": 2, "two": 0}
+    assert memory.faults() == [Fault(Range(6 * PAGE, 7 * PAGE), errno.ENODATA)]
+    in_children(lambda: memory.read(0, 8 * PAGE), lambda: memory.read(0, 8 * PAGE))
+    assert memory.faults() == [Fault(Range(6 * PAGE, 8 * PAGE), errno.ENODATA)]
+    assert int(memory.c.tally.fault_pages) == 5
+    assert registry.counters() == {"one": 4, "two": 0}
+
+
+def test_processes_that_read_at_the_same_time_lose_no_count(make_file: MakeFile) -> None:
+    registry = registry_of(deny_rule("odd", RangeSet((p * PAGE, (p + 1) * PAGE) for p in range(1, 64, 2)), "so"))
+    memory = OldMemory([Segment(0, 64 * PAGE, make_file(pattern(32)), 0, PREAD, "image")], registry)
+
+    def work() -> None:
+        for i in range(400):
+            memory.read(0 if i else 1 << 40, 64 * PAGE)
+
+    in_children(work, work, work)
+    assert memory.bytes_read == 3 * 399 * 16 * PAGE
+    assert registry.counters() == {"odd": 3 * 399 * 32}
+    assert int(memory.c.tally.fault_pages) == 3 * (399 * 16 + 64)
+    assert memory.unlisted_faults == 0
+    assert [f.range for f in memory.faults()] == [
+        *(Range(page * PAGE, (page + 1) * PAGE) for page in range(32, 64, 2)),
+        Range(1 << 40, (1 << 40) + 64 * PAGE),
+    ]
+
+
+def test_a_run_that_was_claimed_by_a_process_that_died_there_is_passed_over() -> None:
+    memory = OldMemory([], Registry())
+    memory.read(0, PAGE)
+    memory.c.log.n += 1
+    memory.c.tally.unlisted += 1
+    memory.read(8 * PAGE, PAGE)
+    assert [f.range.start for f in memory.faults()] == [0, 8 * PAGE]
+    assert memory.unlisted_faults == 1
+
+
+def test_rules_beyond_a_page_of_counters_are_counted_each_by_itself() -> None:
+    rules = [deny_rule(f"rule {p}", RangeSet([(p * PAGE, (p + 1) * PAGE)]), "so") for p in range(1100)]
+    memory = OldMemory([], registry_of(*rules))
+    memory.read(0, 1100 * PAGE)
+    memory.read(511 * PAGE, 2 * PAGE)
+    assert memory.registry.counters() == {f"rule {p}": 2 if p in (511, 512) else 1 for p in range(1100)}
+
+
+def test_what_another_process_tells_is_counted_and_merged_into_the_log() -> None:
+    memory = OldMemory([], registry_of(deny_rule("one", RangeSet([(0, PAGE)]), "so")))
+    memory.read(PAGE, PAGE)
+    memory.account(3 * PAGE, [2], [Fault(Range(2 * PAGE, 4 * PAGE), errno.ENXIO)], unlisted_faults=7)
+    assert (memory.bytes_read, memory.bytes_refused) == (3 * PAGE, 2 * PAGE)
+    assert memory.registry.counters() == {"one": 2}
+    assert memory.faults() == [Fault(Range(PAGE, 4 * PAGE), errno.ENXIO)]
+    assert int(memory.c.log.n) == 1
+    assert (memory.unlisted_faults, int(memory.c.tally.fault_pages)) == (7, 10)
 
 
 def test_a_failing_page_does_not_make_its_neighbours_be_read_over_and_over(make_file: MakeFile) -> None:
