@@ -24,6 +24,7 @@ HEADERS = [
     "guard/csrc/xen.h",
     "guard/csrc/btf.h",
     "capture/csrc/fuse.h",
+    "capture/csrc/service.h",
     "capture/csrc/kexec.h",
     PLAN,
 ]

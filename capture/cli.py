@@ -151,20 +151,26 @@ def cmd_save(args: argparse.Namespace) -> int:
 
 
 def cmd_mount(args: argparse.Namespace) -> int:
-    from capture.background import serve_in_background, serve_until_stopped
     from capture.fuse import FuseServer
     from capture.init import texts
+    from capture.mounts import make_room
+    from capture.service import Service
 
+    make_room(args.target, warn)
     try:
         os.stat(args.target)
     except OSError as e:
         raise Error(f"cannot mount on {args.target}: {e.strerror}") from None
     dump = open_dump(args)
     server = FuseServer(dump.vmcore, args.target, texts(dump), args.direct)
-    if args.foreground:
-        serve_until_stopped(server, [server.target])
-        return finished(dump)
-    serve_in_background(server, [server.target])
+    with Service(server, [server.target]) as service:
+        server.mount()
+        service.mounted()
+        service.wait_until_served()
+        if args.foreground:
+            service.wait_until_ended()
+        else:
+            service.commit()
     return finished(dump)
 
 
@@ -200,7 +206,7 @@ def _hand_over(args: argparse.Namespace) -> int:
             if args.via != via.AUTO:
                 raise
             warn(f"no stage 2: {e}; over FUSE instead")
-    where = bring_up(dump)
+    where = bring_up(dump, tell=warn)
     say(f"guarded vmcore at {where} ({dump.vmcore.size} bytes), report in {FOLDER}/guard.json")
     return _and_command(args.argv, finished(dump))
 

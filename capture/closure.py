@@ -12,7 +12,7 @@ import sys
 _X86_LATE = ("guard.rules.gart", "guard.rules.unaccepted", "guard.rules.xen_hvm", "guard.witness.scan")
 MODULES = (
     "capture.cli",
-    "capture.background",
+    "capture.service",
     "capture.init",
     "capture.done",
     "capture.record",

@@ -11,9 +11,9 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
-from capture.fuse import mounted_device, unmount_all
 from capture.init import FOLDER, GUARD, MAP
 from capture.losses import unlisted
+from capture.mounts import KIND, mounts_on, unmount_all
 from guard import child, procvmcore, whole_file
 from guard.errors import Error
 from guard.ranges import Range
@@ -27,13 +27,14 @@ def end(folder: str = FOLDER, over: str = procvmcore.PATH) -> list[str]:
     """End the service at *folder* and over the file *over*, if there is one; a line for all that the vmcore lacked,
     that reads lost, or that drivers added too late. To be called again it needs nothing but the reports. Raises Error
     where no report is to be had: then nothing tells what was lost."""
-    device = mounted_device(folder)
+    there = mounts_on(folder)
+    source = there[-1].source if there and there[-1].kind == KIND else None
     try:
         reports = {name: _read(f"{folder}/{name}") for name in (GUARD, MAP)}
     finally:
-        if device:
-            unmount_all([folder, over], device)
-    if device:
+        if source:
+            unmount_all([folder, over], source)
+    if source:
         try:
             for name, data in reports.items():
                 whole_file.replace(f"{folder}/{name}", data)

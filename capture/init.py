@@ -10,11 +10,12 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 
-from capture.background import serve_in_background
 from capture.dump import Dump
-from capture.fuse import MS_BIND, FuseServer, mount, mounted_device, unmount
+from capture.fuse import FuseServer
 from capture.losses import missing
+from capture.mounts import MS_BIND, make_room, mount, mounts_on
 from capture.report import MOST_SERVED, as_json, guard_json, map_json
+from capture.service import Service
 from guard import procvmcore
 from guard.errors import Error
 
@@ -41,21 +42,26 @@ def check_complete(dump: Dump) -> None:
         )
 
 
-def bring_up(dump: Dump, folder: str = FOLDER, over: str = procvmcore.PATH) -> str:
-    """Serve *dump* at *folder* and over the file *over* if there is one; returns where the vmcore is.
+def bring_up(
+    dump: Dump, folder: str = FOLDER, over: str = procvmcore.PATH, tell: Callable[[str], None] = lambda _line: None
+) -> str:
+    """Serve *dump* at *folder* and over the file *over* if there is one; returns where the vmcore is. What a dead
+    server has left there is taken away, with a line to *tell*.
 
-    Raises Error with everything undone."""
-    for target in (folder, over):
-        if mounted_device(target):
+    Raises Error with everything undone; so it is, too, if this process is killed before it returns."""
+    for target in (over, folder):
+        make_room(target, tell)
+        if mounts_on(target):
             raise Error(f"something is mounted on {target} already; umount it first")
     os.makedirs(folder, exist_ok=True)
     server = FuseServer(dump.vmcore, folder, texts(dump))
-    serve_in_background(server, [folder, over])
-    if not os.path.exists(over):
-        return server.probe
-    try:
-        mount(server.probe, over, None, MS_BIND, None)
-    except Error:
-        unmount(folder)
-        raise
-    return over
+    with Service(server, [folder, over]) as service:
+        server.mount()
+        service.mounted()
+        service.wait_until_served()
+        where = server.probe
+        if os.path.exists(over):
+            mount(server.probe, over, None, MS_BIND, None)
+            where = over
+        service.commit()
+    return where

@@ -17,7 +17,8 @@ from collections.abc import Iterator, Sequence
 from typing import NoReturn
 
 from capture.dump import Dump
-from capture.fuse import MS_BIND, FuseServer, mount, unmount
+from capture.fuse import FuseServer
+from capture.mounts import MS_BIND, mount, mount_points, unmount
 from capture.plan import Plan
 from capture.programs import wait
 from capture.service import Service
@@ -67,17 +68,9 @@ def _stand_in(server: FuseServer, service: Service, names: list[str]) -> int:
 
 def _kernels(dump: Dump) -> Iterator[str]:
     """Names of the kernel's own vmcore: in each procfs that there is."""
-    if not dump.machine.live:
-        return
-    with contextlib.suppress(OSError), open("/proc/self/mountinfo", "rb") as file:
-        for line in file:
-            front, _, back = line.partition(b" - ")
-            if back.startswith(b"proc "):
-                # blanks and the like are written as \\040
-                folder = front.split()[4].decode("unicode_escape").encode("latin-1")
-                name = os.fsdecode(folder.rstrip(b"/")) + "/vmcore"
-                if os.path.exists(name):
-                    yield name
+    if dump.machine.live:
+        names = (os.path.join(folder, "vmcore") for folder in mount_points("proc"))
+        yield from filter(os.path.exists, names)
 
 
 def _become(command: Sequence[str], plan: Plan, tell: int) -> NoReturn:
@@ -164,7 +157,7 @@ def run(dump: Dump, command: Sequence[str], path: str) -> int:
         try:
             with _Forwarding() as signals:
                 pid = _start(command, plan)
-                service.commit()
+                service.commit()  # if this process is killed, they serve until the command's namespace is gone
                 signals.to(pid)
                 status = wait(pid)
             plan.account(dump)

@@ -9,6 +9,7 @@
 #include <string.h>
 #include <sys/stat.h>
 #include <sys/uio.h>
+#include <time.h>
 #include <unistd.h>
 
 /* linux/fuse.h of 7.39 (Linux 6.6) on has it; kernels that do not know the bit do not offer it */
@@ -20,7 +21,12 @@
  * Some ms after the last request the kernel's own vmcore is closed again, if it was opened: opening it for each request
  * would double the time that small ones take. It is meanwhile as it is with any reader of that file.
  */
-enum { FOREVER = 3600, REQUEST_SIZE = FUSE_MIN_READ_BUFFER, LINGER = 10 };
+enum { FOREVER = 3600, LINGER = 10 };
+
+/* So many processes may end over one request before its reader gets an error, and all others are served on. */
+enum { MOST_TRIES = 3 };
+
+_Static_assert(FUSE_REQUEST_SIZE >= FUSE_MIN_READ_BUFFER, "the kernel refuses to fill a smaller one");
 
 static int reply(const struct fuse_server *s, uint64_t unique, int error, const void *body, size_t size)
 {
@@ -35,11 +41,13 @@ static int reply(const struct fuse_server *s, uint64_t unique, int error, const 
 
 static uint64_t node_size(const struct fuse_server *s, const struct fuse_node *node)
 {
+	struct stat text;
+
 	switch (node->kind) {
 	case FUSE_NODE_FOLDER:
 		return 0;
 	case FUSE_NODE_TEXT:
-		return node->text_size;
+		return fstat(node->text_fd, &text) ? 0 : (uint64_t)text.st_size;
 	default:
 		return s->view->size;
 	}
@@ -159,11 +167,9 @@ static int do_read(const struct fuse_server *s, uint64_t unique, size_t node, co
 	if (what->kind == FUSE_NODE_FOLDER)
 		return reply(s, unique, -EISDIR, NULL, 0);
 	if (what->kind == FUSE_NODE_TEXT) {
-		if (in->offset >= what->text_size)
-			size = 0;
-		else if (size > what->text_size - in->offset)
-			size = (size_t)(what->text_size - in->offset);
-		return reply(s, unique, 0, size ? what->text + in->offset : NULL, size);
+		ssize_t got = pread(what->text_fd, s->buffer, size, (off_t)in->offset);
+
+		return reply(s, unique, got < 0 ? -errno : 0, s->buffer, got < 0 ? 0 : (size_t)got);
 	}
 	size = view_read(s->view, in->offset, s->buffer, size);
 	return reply(s, unique, 0, s->buffer, size);
@@ -178,22 +184,44 @@ static int do_statfs(const struct fuse_server *s, uint64_t unique)
 	return reply(s, unique, 0, &out, sizeof(out));
 }
 
+/* ms until the deadline: 0 if it has come, -1 if there is none. */
+static int until_deadline(const struct fuse_server *s)
+{
+	struct timespec t;
+	uint64_t now;
+
+	if (!s->deadline)
+		return -1;
+	clock_gettime(CLOCK_MONOTONIC, &t);
+	now = (uint64_t)t.tv_sec * 1000000000 + (uint64_t)t.tv_nsec;
+	return now < s->deadline ? (int)((s->deadline - now) / 1000000) + 1 : 0;
+}
+
 /*
- * Wait for a request. A signal that comes while an earlier request is being served would not interrupt the read(2)
- * that follows it, and the caller would never see it: so its handler also makes wake_fd readable.
+ * Wait for a request: 0, FUSE_SERVE_WOKEN or -errno. A signal that comes while an earlier request is being served would
+ * not interrupt what follows it, and the caller would never see it: so its handler also makes a watched descriptor
+ * readable.
  */
 static int await_request(const struct fuse_server *s)
 {
-	struct pollfd wanted[2] = { { .fd = s->fd, .events = POLLIN }, { .fd = s->wake_fd, .events = POLLIN } };
-	int ready = physmem_at_rest(s->view->mem) ? 0 : poll(wanted, 2, LINGER);
+	struct pollfd wanted[1 + FUSE_WATCHED] = { { .fd = s->fd, .events = POLLIN } };
+	int left = until_deadline(s), ready;
 
+	if (!left)
+		return FUSE_SERVE_WOKEN;
+	for (int i = 0; i < FUSE_WATCHED; i++)
+		wanted[1 + i] = (struct pollfd){ .fd = s->watch[i], .events = POLLIN };
+	ready = physmem_at_rest(s->view->mem) ? 0 : poll(wanted, 1 + FUSE_WATCHED, LINGER);
 	if (!ready) {
 		physmem_rest(s->view->mem);
-		ready = poll(wanted, 2, -1);
+		ready = poll(wanted, 1 + FUSE_WATCHED, left);
 	}
 	if (ready < 0)
 		return -errno;
-	return wanted[1].revents ? -EINTR : 0;
+	for (int i = 0; i < FUSE_WATCHED; i++)
+		if (wanted[1 + i].revents)
+			return FUSE_SERVE_WOKEN;
+	return ready ? 0 : FUSE_SERVE_WOKEN;
 }
 
 /* Bytes that the operation's argument must at least have; what is not listed takes none. */
@@ -215,112 +243,120 @@ static size_t argument_size(uint32_t opcode)
 	}
 }
 
+static int do_lookup(struct fuse_server *s, uint64_t unique, const char *name, size_t room)
+{
+	size_t child = find_name(s, name, room);
+
+	if (!child)
+		return reply(s, unique, -ENOENT, NULL, 0);
+	if (s->nodes[child].kind == FUSE_NODE_TEXT && s->refreshing != unique) {
+		s->refresh = child;
+		s->refreshing = unique;
+		return FUSE_SERVE_REFRESH;
+	}
+	return reply_entry(s, unique, child);
+}
+
+/* Answer the request in the shared page: 0, FUSE_SERVE_REFRESH if it cannot be answered yet, or -errno. */
+static int answer(struct fuse_server *s)
+{
+	struct fuse_in_header h;
+	const void *arg = s->shared->request + sizeof(h);
+	struct fuse_init_in init = { 0 };
+	size_t size, node;
+
+	memcpy(&h, s->shared->request, sizeof(h));
+	if (h.len < sizeof(h) + argument_size(h.opcode) || h.len > FUSE_REQUEST_SIZE)
+		return reply(s, h.unique, -EINVAL, NULL, 0);
+	size = h.len - sizeof(h);
+	/* FUSE_INIT names no node; the root stands in for it */
+	node = h.nodeid ? (size_t)h.nodeid - 1 : 0;
+	if (node >= s->n)
+		return reply(s, h.unique, -ESTALE, NULL, 0);
+	switch (h.opcode) {
+	case FUSE_INIT:
+		memcpy(&init, arg, size < sizeof(init) ? size : sizeof(init));
+		return do_init(s, h.unique, &init);
+	case FUSE_LOOKUP:
+		return do_lookup(s, h.unique, arg, size);
+	case FUSE_GETATTR:
+		return do_getattr(s, h.unique, node);
+	case FUSE_OPENDIR:
+		return reply(s, h.unique, 0, &(struct fuse_open_out){ 0 }, sizeof(struct fuse_open_out));
+	case FUSE_READDIR:
+		return do_readdir(s, h.unique, arg);
+	case FUSE_OPEN:
+		return do_open(s, h.unique, node, arg);
+	case FUSE_READ:
+		return do_read(s, h.unique, node, arg);
+	case FUSE_STATFS:
+		return do_statfs(s, h.unique);
+	case FUSE_FLUSH:
+	case FUSE_RELEASE:
+	case FUSE_RELEASEDIR:
+		return reply(s, h.unique, 0, NULL, 0);
+	case FUSE_FORGET:
+	case FUSE_BATCH_FORGET:
+	case FUSE_INTERRUPT:
+		/* never answered. An INTERRUPT can only name a request that has been answered already: one at a time is */
+		return 0;
+	case FUSE_WRITE:
+	case FUSE_SETATTR:
+	case FUSE_CREATE:
+	case FUSE_MKNOD:
+	case FUSE_MKDIR:
+	case FUSE_UNLINK:
+	case FUSE_RMDIR:
+	case FUSE_RENAME:
+	case FUSE_RENAME2:
+	case FUSE_SYMLINK:
+	case FUSE_LINK:
+		return reply(s, h.unique, -EROFS, NULL, 0);
+	default:
+		return reply(s, h.unique, -ENOSYS, NULL, 0);
+	}
+}
+
+static uint64_t number(const struct fuse_shared *shared)
+{
+	uint64_t unique;
+
+	memcpy(&unique, shared->request + offsetof(struct fuse_in_header, unique), sizeof(unique));
+	return unique;
+}
+
+/* What another process was at when it ended, or what has its text by now. */
+static int answer_left(struct fuse_server *s)
+{
+	struct fuse_shared *shared = s->shared;
+	uint64_t unique = number(shared);
+
+	if (unique == s->refreshing)
+		return answer(s);
+	if (shared->tried != unique) {
+		shared->tried = unique;
+		shared->tries = 0;
+	}
+	return ++shared->tries < MOST_TRIES ? answer(s) : reply(s, unique, -EIO, NULL, 0);
+}
+
 int fuse_serve(struct fuse_server *s)
 {
-	union {
-		struct fuse_in_header h;
-		uint8_t bytes[REQUEST_SIZE];
-	} in;
-	const void *arg = in.bytes + sizeof(in.h);
+	struct fuse_shared *shared = s->shared;
+	int err = number(shared) == shared->answered ? 0 : answer_left(s);
 
-	if (s->pending_lookup) {
-		int err = reply_entry(s, s->pending_lookup, s->refresh);
-
-		s->pending_lookup = 0;
-		if (err)
-			return err;
-	}
-	for (;;) {
-		int err = await_request(s);
+	while (!err) {
 		ssize_t got;
-		uint64_t unique;
-		size_t node, child;
 
+		shared->answered = number(shared);
+		err = await_request(s);
 		if (err)
 			return err;
-		got = read(s->fd, in.bytes, sizeof(in.bytes));
-		if (got < 0 && (errno == ENOENT || errno == EAGAIN))
-			continue;	/* interrupted before we saw it */
-		if (got < 0)
+		got = read(s->fd, shared->request, sizeof(shared->request));
+		if (got < 0 && errno != ENOENT && errno != EAGAIN)	/* these: interrupted before we saw it */
 			return errno == ENODEV ? FUSE_SERVE_ENDED : -errno;
-		if ((size_t)got < sizeof(in.h))
-			return -EPROTO;
-		s->requests++;
-		unique = in.h.unique;
-		if ((size_t)got < sizeof(in.h) + argument_size(in.h.opcode)) {
-			reply(s, unique, -EINVAL, NULL, 0);
-			continue;
-		}
-		/* FUSE_INIT and FUSE_DESTROY name no node; the root stands in for them */
-		node = in.h.nodeid ? (size_t)in.h.nodeid - 1 : 0;
-		if (node >= s->n) {
-			reply(s, unique, -ESTALE, NULL, 0);
-			continue;
-		}
-		switch (in.h.opcode) {
-		case FUSE_INIT:
-			if ((size_t)got < sizeof(in.h) + sizeof(struct fuse_init_in))
-				memset(in.bytes + got, 0, sizeof(in.h) + sizeof(struct fuse_init_in) - (size_t)got);
-			err = do_init(s, unique, arg);
-			break;
-		case FUSE_LOOKUP:
-			child = find_name(s, arg, (size_t)got - sizeof(in.h));
-			if (child && s->nodes[child].kind == FUSE_NODE_TEXT) {
-				s->refresh = child;
-				s->pending_lookup = unique;
-				return FUSE_SERVE_REFRESH;
-			}
-			err = child ? reply_entry(s, unique, child) : reply(s, unique, -ENOENT, NULL, 0);
-			break;
-		case FUSE_GETATTR:
-			err = do_getattr(s, unique, node);
-			break;
-		case FUSE_OPENDIR:
-			err = reply(s, unique, 0, &(struct fuse_open_out){ 0 }, sizeof(struct fuse_open_out));
-			break;
-		case FUSE_READDIR:
-			err = do_readdir(s, unique, arg);
-			break;
-		case FUSE_OPEN:
-			err = do_open(s, unique, node, arg);
-			break;
-		case FUSE_READ:
-			s->reads++;
-			err = do_read(s, unique, node, arg);
-			break;
-		case FUSE_STATFS:
-			err = do_statfs(s, unique);
-			break;
-		case FUSE_FLUSH:
-		case FUSE_RELEASE:
-		case FUSE_RELEASEDIR:
-			err = reply(s, unique, 0, NULL, 0);
-			break;
-		case FUSE_FORGET:
-		case FUSE_BATCH_FORGET:
-		case FUSE_INTERRUPT:
-			/* never answered. An INTERRUPT can only name a request that this one thread has answered already */
-			continue;
-		case FUSE_DESTROY:
-			reply(s, unique, 0, NULL, 0);
-			return FUSE_SERVE_ENDED;
-		case FUSE_WRITE:
-		case FUSE_SETATTR:
-		case FUSE_CREATE:
-		case FUSE_MKNOD:
-		case FUSE_MKDIR:
-		case FUSE_UNLINK:
-		case FUSE_RMDIR:
-		case FUSE_RENAME:
-		case FUSE_RENAME2:
-		case FUSE_SYMLINK:
-		case FUSE_LINK:
-			err = reply(s, unique, -EROFS, NULL, 0);
-			break;
-		default:
-			err = reply(s, unique, -ENOSYS, NULL, 0);
-		}
-		if (err)
-			return err;
+		if (got >= 0)
+			err = answer(s);
 	}
+	return err == -ENODEV ? FUSE_SERVE_ENDED : err;
 }

@@ -36,7 +36,7 @@ def mounts_on(target: Path) -> list[str]:
 
 
 def processes_of(target: Path) -> dict[int, int]:
-    """Process ids of the servers and watchers started for *target*, with their parents'."""
+    """Process ids of the servers and standbys started for *target*, with their parents'."""
     found = {}
     for name in os.listdir("/proc"):
         if name.isdigit():
@@ -48,10 +48,17 @@ def processes_of(target: Path) -> dict[int, int]:
     return found
 
 
-def watcher_and_server(target: Path) -> tuple[int, int]:
-    processes = processes_of(target)
-    (server,) = [pid for pid, parent in processes.items() if parent in processes]
-    return processes[server], server
+def server_and_standby(target: Path) -> tuple[int, int]:
+    """Once both are there; the standby is the other one's child."""
+    pairs: list[tuple[int, int]] = []
+
+    def found() -> bool:
+        processes = processes_of(target)
+        pairs[:] = [(parent, pid) for pid, parent in processes.items() if parent in processes]
+        return len(processes) == 2 and len(pairs) == 1
+
+    wait_until("server and standby", found, 30.0)
+    return pairs[0]
 
 
 def wait_until(what: str, done: object, seconds: float = 10.0) -> None:
@@ -361,7 +368,7 @@ def test_read_ahead_is_1_mib(folder: Path) -> None:
     assert path.read_text() == "1024\n"
 
 
-def test_umount_ends_server_and_watcher(folder: Path) -> None:
+def test_umount_ends_server_and_standby(folder: Path) -> None:
     assert len(processes_of(folder)) == 2
     subprocess.run(["umount", folder], check=True, timeout=20)
     wait_until_gone(folder)
@@ -381,31 +388,45 @@ def test_umount_of_a_busy_mount_is_refused_and_a_lazy_one_ends_with_its_last_rea
     wait_until_gone(folder)
 
 
-def test_server_that_is_killed_leaves_no_dead_mount(folder: Path) -> None:
-    _, server = watcher_and_server(folder)
-    os.kill(server, signal.SIGKILL)
-    wait_until_gone(folder)
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize("whom", [0, 1], ids=["server", "standby"])
+def test_one_process_that_ends_is_replaced_and_the_mount_goes_on(
+    whom: int, number: signal.Signals, folder: Path, saved_small: Path
+) -> None:
+    for _ in range(2):
+        pair = server_and_standby(folder)
+        os.kill(pair[whom], number)
+        wait_until("it has ended", lambda pid=pair[whom]: pid not in processes_of(folder))
+        assert same(folder / "vmcore.direct", saved_small)
+        assert pair[1 - whom] in server_and_standby(folder)
+    assert mounts_on(folder)
 
 
-def test_server_ends_and_unmounts_when_its_watcher_is_killed(folder: Path) -> None:
-    watcher, _ = watcher_and_server(folder)
-    os.kill(watcher, signal.SIGKILL)
-    wait_until_gone(folder)
-
-
-@pytest.mark.parametrize("whom", [0, 1], ids=["watcher", "server"])
 @pytest.mark.parametrize("busy", [False, True])
-def test_sigterm_unmounts_and_ends_both_even_while_a_reader_keeps_the_server_busy(
-    whom: int, busy: bool, folder: Path
+def test_sigterm_to_both_unmounts_and_ends_them_even_while_a_reader_keeps_the_server_busy(
+    busy: bool, folder: Path
 ) -> None:
     reader = busy_reader(folder / "vmcore.direct") if busy else None
     try:
-        os.kill(watcher_and_server(folder)[whom], signal.SIGTERM)
+        for pid in server_and_standby(folder):
+            os.kill(pid, signal.SIGTERM)
         wait_until_gone(folder)
     finally:
         if reader:
             reader.kill()
             reader.wait(timeout=20)
+
+
+def test_report_that_kills_its_server_is_an_error_to_its_reader_alone(folder: Path, saved_small: Path) -> None:
+    """As one that takes more memory than there is. Here the server is stopped when it is about to make it."""
+    for _ in range(2):
+        server, _ = server_and_standby(folder)
+        os.kill(server, signal.SIGSTOP)
+        reader = subprocess.Popen(["cat", folder / "guard.json"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        os.kill(server, signal.SIGKILL)
+        out, _ = reader.communicate(timeout=30)
+        assert json.loads(out)["rules"]
+    assert same(folder / "vmcore", saved_small)
 
 
 @pytest.fixture
@@ -458,18 +479,43 @@ def test_two_mounts_at_once_do_not_know_of_each_other(mounts: Mounts, tmp_path: 
     assert same(b / "vmcore", saved_small)
 
 
-def test_mount_on_a_mount_is_undone_without_the_one_below(mounts: Mounts, tmp_path: Path, saved_small: Path) -> None:
+def test_mount_on_a_foreign_mount_is_undone_without_the_one_below(
+    mounts: Mounts, tmp_path: Path, saved_small: Path
+) -> None:
     target = tmp_path / "mnt"
     target.mkdir()
-    mounts.mount(target)
+    subprocess.run(["mount", "-t", "tmpfs", "tmpfs", target], check=True, timeout=20)
+    mounts.targets.append(target)
     below = mounts_on(target)
     mounts.mount(target)
     assert len(mounts_on(target)) == 2
-    subprocess.run(["umount", target], check=True, timeout=20)
-    wait_until("upper processes gone", lambda: len(processes_of(target)) == 2)
-    time.sleep(0.2)
-    assert mounts_on(target) == below
     assert same(target / "vmcore", saved_small)
+    for pid in server_and_standby(target):
+        os.kill(pid, signal.SIGTERM)
+    wait_until("processes gone", lambda: not processes_of(target))
+    assert mounts_on(target) == below
+
+
+@pytest.mark.parametrize("shape", ["folder", "file"])
+def test_second_server_on_a_target_is_refused_while_the_first_one_lives(
+    shape: str, mounts: Mounts, tmp_path: Path, saved_small: Path
+) -> None:
+    target = tmp_path / "mnt"
+    if shape == "file":
+        target.write_bytes(b"")
+    else:
+        target.mkdir()
+    mounts.mount(target)
+    server_and_standby(target)
+    result = oldmem("mount", "--machine", mounts.machine, target)
+    assert result.status == 1
+    assert result.lines == [
+        f"oldmem: {target} is served already, by another oldmem that is alive: end that first, by oldmem done or "
+        f"umount -l {target}"
+    ]
+    assert len(mounts_on(target)) == 1
+    assert len(processes_of(target)) == 2
+    assert same(target / "vmcore" if shape == "folder" else target, saved_small)
 
 
 @pytest.mark.parametrize("name", ["with blank", "wïth ümläut", "back\\slash", "link"])
@@ -487,7 +533,8 @@ def test_any_name_will_do_for_a_target(name: str, mounts: Mounts, tmp_path: Path
     mounts.targets.append(mounted)
     (device,) = mounts_on(mounted)
     assert Path(f"/sys/class/bdi/{device}/read_ahead_kb").read_text() == "1024\n"
-    os.kill(watcher_and_server(target)[0], signal.SIGTERM)
+    for pid in server_and_standby(target):
+        os.kill(pid, signal.SIGTERM)
     wait_until("mount gone", lambda: not mounts_on(mounted))
     wait_until("processes gone", lambda: not processes_of(target))
 
@@ -498,21 +545,45 @@ def test_target_that_is_not_there_is_one_line(mounts: Mounts, tmp_path: Path) ->
     assert result.lines == [f"oldmem: cannot mount on {tmp_path}/nothing: No such file or directory"]
 
 
-def test_dead_mount_of_another_server_is_told_as_such(mounts: Mounts, tmp_path: Path) -> None:
+def kill_all(target: Path) -> None:
+    """Both at once: neither may see the other's end."""
+    pair = server_and_standby(target)
+    for number in (signal.SIGSTOP, signal.SIGKILL):
+        for pid in pair:
+            os.kill(pid, number)
+    wait_until("processes gone", lambda: not processes_of(target))
+
+
+def test_dead_mount_is_taken_away_by_the_next_start(mounts: Mounts, tmp_path: Path, saved_small: Path) -> None:
     target = tmp_path / "mnt"
     target.mkdir()
     mounts.mount(target)
-    watcher, server = watcher_and_server(target)
-    os.kill(watcher, signal.SIGSTOP)
-    os.kill(server, signal.SIGKILL)
-    wait_until("server dead", lambda: len(processes_of(target)) == 1)
-    result = oldmem("mount", "--machine", mounts.machine, target)
-    assert (result.status, result.lines) == (
-        1,
-        [f"oldmem: cannot mount on {target}: Transport endpoint is not connected"],
+    kill_all(target)
+    assert len(mounts_on(target)) == 1
+    result = oldmem("mount", "--layout", "kernel", "--machine", mounts.machine, target)
+    line = f"oldmem: warning: {target}: the oldmem that served it is dead; its mount is taken away"
+    assert (result.status, result.lines) == (0, [line])
+    assert len(mounts_on(target)) == 1
+    assert same(target / "vmcore", saved_small)
+
+
+def test_server_that_does_not_answer_is_told_as_such(mounts: Mounts, tmp_path: Path) -> None:
+    target = tmp_path / "mnt"
+    target.mkdir()
+    mounts.mount(target)
+    pair = server_and_standby(target)
+    for pid in pair:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        result = oldmem("mount", "--machine", mounts.machine, target)
+    finally:
+        for pid in pair:
+            os.kill(pid, signal.SIGCONT)
+    assert result.status == 1
+    assert (
+        f"{target} is served already, by another oldmem that does not answer (gave no answer within 5 s)"
+        in (result.lines[0])
     )
-    os.kill(watcher, signal.SIGCONT)
-    wait_until_gone(target)
 
 
 def test_caller_with_closed_standard_files_gets_a_working_mount(
@@ -535,7 +606,7 @@ from capture.recorded import load
 from guard.errors import Error
 machine, folder, over = sys.argv[1:]
 try:
-    print(bring_up(build(ImageMachine(load(machine)), "kernel"), folder, over))
+    print(bring_up(build(ImageMachine(load(machine)), "kernel"), folder, over, print))
 except Error as e:
     print("error:", e)
 """
@@ -551,7 +622,7 @@ def test_init_step_puts_it_over_the_file_and_all_of_it_ends_by_one_umount_each(
     assert same(over, saved_small)
     assert same(folder / "vmcore.direct", saved_small)
     again = ask(BRING_UP, mounts.machine, folder, over)
-    assert again == f"error: something is mounted on {folder} already; umount it first\n"
+    assert again.startswith(f"error: {over} is served already, by another oldmem that is alive: ")
     assert same(over, saved_small)
     subprocess.run(["umount", over], check=True, timeout=20)
     assert over.read_bytes() == b"the kernel's own"
@@ -559,15 +630,31 @@ def test_init_step_puts_it_over_the_file_and_all_of_it_ends_by_one_umount_each(
     wait_until_gone(folder)
 
 
-def test_init_step_is_undone_wholly_when_its_server_dies(mounts: Mounts, tmp_path: Path) -> None:
+def test_init_step_is_undone_wholly_when_its_processes_are_ended(mounts: Mounts, tmp_path: Path) -> None:
     folder, over = tmp_path / "run", tmp_path / "vmcore"
     over.write_bytes(b"the kernel's own")
     mounts.targets += [over, folder]
     ask(BRING_UP, mounts.machine, folder, over)
-    os.kill(watcher_and_server(folder)[1], signal.SIGKILL)
+    for pid in server_and_standby(folder):
+        os.kill(pid, signal.SIGTERM)
     wait_until_gone(folder)
-    wait_until("bind mount gone", lambda: not mounts_on(over))
+    assert not mounts_on(over)
     assert over.read_bytes() == b"the kernel's own"
+
+
+def test_init_step_repairs_what_a_crash_of_all_processes_has_left(
+    mounts: Mounts, tmp_path: Path, saved_small: Path
+) -> None:
+    folder, over = tmp_path / "run", tmp_path / "vmcore"
+    over.write_bytes(b"the kernel's own")
+    mounts.targets += [over, folder]
+    ask(BRING_UP, mounts.machine, folder, over)
+    kill_all(folder)
+    told = ask(BRING_UP, mounts.machine, folder, over).splitlines()
+    gone = "the oldmem that served it is dead; its mount is taken away"
+    assert told == [f"{over}: {gone}", f"{folder}: {gone}", str(over)]
+    assert (len(mounts_on(folder)), len(mounts_on(over))) == (1, 1)
+    assert same(over, saved_small)
 
 
 def test_init_step_without_a_vmcore_of_the_kernel_gives_the_folder(

@@ -143,7 +143,7 @@ def test_installed_command_puts_its_library_into_a_program(installed: Path, tmp_
 
 
 def test_installed_packages_import_outside_the_tree(installed: Path, tmp_path: Path) -> None:
-    modules = "guard, guard.witness.dead_kernel, capture.background, capture.init, capture.record, capture.save"
+    modules = "guard, guard.witness.dead_kernel, capture.service, capture.init, capture.record, capture.save"
     program = f"import sys, {modules}; print(guard.__file__, capture.__file__, 'cffi' in sys.modules)"
     files = run(installed / "python", "-c", program, cwd=tmp_path).split()
     assert all(file.startswith(str(installed.parent)) for file in files[:2])
