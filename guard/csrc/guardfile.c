@@ -1,4 +1,5 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
+#define _GNU_SOURCE
 #include "guardfile.h"
 
 #include <assert.h>
@@ -291,33 +292,33 @@ int guardfile_open(struct guardfile *f, const char *path, char *why, size_t room
 	const struct complaint to = { why, room };
 	/* whoever opens a FIFO without O_NONBLOCK waits for its writer */
 	int fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK | O_NOCTTY), err;
-	struct stat st;
+	struct statx st;	/* fstat() would be bound to glibc 2.33 and later */
 	void *map;
 
 	*f = (struct guardfile){ .map = NULL };
-	if (fd < 0 || fstat(fd, &st)) {
+	if (fd < 0 || statx(fd, "", AT_EMPTY_PATH, STATX_TYPE | STATX_SIZE, &st)) {
 		err = errno;
 		if (fd >= 0)
 			close(fd);
 		return complain(&to, err, "%s", strerror(err));
 	}
-	if (!S_ISREG(st.st_mode) || !st.st_size) {
+	if (!S_ISREG(st.stx_mode) || !st.stx_size) {
 		close(fd);
 		return complain(&to, EBADMSG, "is no compiled guard: it is %s",
-				S_ISREG(st.st_mode) ? "empty" : "no regular file");
+				S_ISREG(st.stx_mode) ? "empty" : "no regular file");
 	}
-	err = look_at_header(fd, (uint64_t)st.st_size, &to);
+	err = look_at_header(fd, st.stx_size, &to);
 	if (err) {
 		close(fd);
 		return err;
 	}
 	/* all of it, for all of it is checked; the header once more too */
-	map = mmap(NULL, (size_t)st.st_size, PROT_READ, MAP_SHARED | MAP_POPULATE, fd, 0);
+	map = mmap(NULL, (size_t)st.stx_size, PROT_READ, MAP_SHARED | MAP_POPULATE, fd, 0);
 	err = errno;
 	close(fd);
 	if (map == MAP_FAILED)
 		return complain(&to, err, "cannot be mapped: %s", strerror(err));
-	err = guardfile_check(f, map, (uint64_t)st.st_size, why, room);
+	err = guardfile_check(f, map, st.stx_size, why, room);
 	if (err)
 		guardfile_close(f);
 	return err;
