@@ -68,14 +68,9 @@ static bool put_zeros(const struct composer *c, uintptr_t at)
 static bool on_sigbus(const siginfo_t *info, void *context)
 {
 	const struct composer *c = __atomic_load_n(&catching, __ATOMIC_ACQUIRE);
-	int saved = errno;
-	bool done;
 
 	(void)context;
-	/* one that kill(2) has sent has no address */
-	done = info->si_code > 0 && put_zeros(c, (uintptr_t)info->si_addr & ~(uintptr_t)(plan_page(c) - 1));
-	errno = saved;
-	return done;
+	return sigbus_is_fault(info) && put_zeros(c, (uintptr_t)info->si_addr & ~(uintptr_t)(plan_page(c) - 1));
 }
 
 bool faults_catch(const struct composer *c)
