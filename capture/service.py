@@ -27,8 +27,8 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 ELF_MAGIC = b"\x7fELF"
 
 # Seconds. A new standby costs one PAUSE, of which BURST are there to begin with: a loop of kills is none of forks
-PAUSE, BURST = 2.0, 8
-TERM_PAUSE = 1.0  # who ended a server by a signal may mean all of them, and is on the way to the next one
+PAUSE, BURST = 0.5, 16
+TERM_PAUSE = 0.5  # who ended a server by a signal may mean all of them, and is on the way to the next one
 FORK_PAUSE = 1.0
 START, STOP, PROBE = 30.0, 10.0, 30.0
 

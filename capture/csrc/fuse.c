@@ -77,7 +77,7 @@ static uint64_t lifetime(const struct fuse_node *node)
 
 static int do_init(const struct fuse_server *s, uint64_t unique, const struct fuse_init_in *in)
 {
-	uint64_t offered = in->flags, flags = FUSE_ASYNC_READ | FUSE_MAX_PAGES | FUSE_INIT_EXT | FUSE_DIRECT_IO_ALLOW_MMAP;
+	uint64_t offered = in->flags, flags = FUSE_ASYNC_READ | FUSE_ASYNC_DIO | FUSE_MAX_PAGES | FUSE_INIT_EXT | FUSE_DIRECT_IO_ALLOW_MMAP;
 	struct fuse_init_out out = {
 		.major = FUSE_KERNEL_VERSION, .minor = FUSE_KERNEL_MINOR_VERSION, .max_readahead = s->max_read,
 		.max_background = 16, .congestion_threshold = 12, .max_write = 4096, .time_gran = 1,

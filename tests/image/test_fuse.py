@@ -417,16 +417,111 @@ def test_sigterm_to_both_unmounts_and_ends_them_even_while_a_reader_keeps_the_se
             reader.wait(timeout=20)
 
 
-def test_report_that_kills_its_server_is_an_error_to_its_reader_alone(folder: Path, saved_small: Path) -> None:
-    """As one that takes more memory than there is. Here the server is stopped when it is about to make it."""
-    for _ in range(2):
-        server, _ = server_and_standby(folder)
-        os.kill(server, signal.SIGSTOP)
-        reader = subprocess.Popen(["cat", folder / "guard.json"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+SERVE = """
+import signal
+from capture.dump import build
+from capture.fuse import FuseServer
+from capture.image_machine import ImageMachine
+from capture.recorded import load
+from capture.service import Service
+
+def deadly():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def failing(calls=[]):
+    calls.append(0)
+    if len(calls) > 1:
+        raise MemoryError
+    return b"the first"
+
+machine, target = sys.argv[1:]
+texts = {"deadly": deadly, "failing": failing, "fine": lambda: os.urandom(1 << 16)}
+server = FuseServer(build(ImageMachine(load(machine)), "kernel").vmcore, target, texts)
+with Service(server, [server.target]) as service:
+    server.mount()
+    service.mounted()
+    service.wait_until_served()
+    service.commit()
+"""
+
+
+@pytest.fixture
+def with_texts(mounts: Mounts, tmp_path: Path) -> Path:
+    """A mount with reports that kill their servers, that fail the second time, that are never the same again."""
+    target = tmp_path / "mnt"
+    target.mkdir()
+    mounts.targets.append(target)
+    ask(SERVE, mounts.machine, target)
+    return target
+
+
+def test_report_that_kills_its_servers_is_an_error_to_its_reader_alone(with_texts: Path, saved_small: Path) -> None:
+    """As one that takes more memory than there is: after some tries nobody makes it any more."""
+    first, _ = server_and_standby(with_texts)
+    code = "try: open(sys.argv[1])\nexcept OSError as e: print(e.strerror)"
+    assert ask(code, with_texts / "deadly") == "Input/output error\n"
+    assert same(with_texts / "vmcore", saved_small)
+    assert first not in server_and_standby(with_texts)
+    assert ask("print(len(open(sys.argv[1], 'rb').read()))", with_texts / "fine") == "65536\n"
+
+
+def test_report_that_lacks_memory_stays_as_it_was(with_texts: Path) -> None:
+    for _ in range(3):
+        assert ask("print(open(sys.argv[1]).read())", with_texts / "failing") == "the first\n"
+
+
+HALF_AND_HALF = """
+fd = os.open(sys.argv[1], os.O_RDONLY | os.O_DIRECT)  # nothing comes from the page cache
+half = os.pread(fd, 1 << 15, 0)
+print("half", flush=True)
+sys.stdin.readline()
+print(os.pread(fd, 1 << 15, 0) == half, len(half), len(os.pread(fd, 1 << 16, 1 << 15)))
+"""
+
+
+def test_report_that_is_half_read_when_its_server_is_killed_is_whole(with_texts: Path) -> None:
+    command = [sys.executable, "-c", "import os, sys\n" + HALF_AND_HALF, str(with_texts / "fine")]
+    reader = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert reader.stdout is not None
+    try:
+        assert reader.stdout.readline() == "half\n"
+        server, _ = server_and_standby(with_texts)
         os.kill(server, signal.SIGKILL)
-        out, _ = reader.communicate(timeout=30)
-        assert json.loads(out)["rules"]
-    assert same(folder / "vmcore", saved_small)
+        assert reader.communicate("\n", timeout=30)[0] == "True 32768 32768\n"
+    finally:
+        reader.kill()
+        reader.wait()
+
+
+def test_counters_and_reports_go_on_after_a_kill(folder: Path, saved_small: Path) -> None:
+    def told() -> tuple[int, int, list[str]]:
+        guard = json.loads(ask(READ_JSON, folder / "guard.json"))
+        return guard["bytes_read"], guard["bytes_refused"], guard["late_dumps"]
+
+    assert same(folder / "vmcore.direct", saved_small)
+    before = told()
+    assert before[1]
+    for _ in range(2):
+        os.kill(server_and_standby(folder)[0], signal.SIGKILL)
+        assert told() == before
+    assert same(folder / "vmcore.direct", saved_small)
+    assert told()[1] == 2 * before[1]
+
+
+def test_io_uring_reads_end_where_the_file_does(folder: Path, saved_small: Path, tmp_path: Path) -> None:
+    source = Path(__file__).with_name("uring.c")
+    subprocess.run(["gcc", "-Wall", "-Werror", "-o", tmp_path / "uring", source], check=True, timeout=60)
+    size = saved_small.stat().st_size
+    places = (0, 1 << 20), (1, 7), (size - 40960, 131072), (size - 5, 100), (size - (2 << 20), 4 << 20)
+    for name in ("vmcore", "vmcore.direct"):
+        for offset, asked in places:
+            command = [str(tmp_path / "uring"), str(folder / name), str(offset), str(asked)]
+            done = subprocess.run(command, capture_output=True, timeout=30)
+            if done.returncode == 77:
+                pytest.skip("this kernel gives no io_uring")
+            with saved_small.open("rb") as file:
+                file.seek(offset)
+                assert done.stdout == file.read(asked), (name, offset)
 
 
 @pytest.fixture
