@@ -130,21 +130,20 @@ def cmd_header(args: argparse.Namespace) -> int:
 
 
 def cmd_guard(args: argparse.Namespace) -> int:
-    from guard.compiled import compile_guard, write_guard
+    from guard.compiled import compile_guard
 
     dump = open_dump(args)
-    if args.output == "-":
-        write_out(compile_guard(dump.registry), "-")
-    else:
-        write_guard(dump.registry, args.output)
+    write_out(compile_guard(dump.registry), args.output)
     return finished(dump)
 
 
 def cmd_save(args: argparse.Namespace) -> int:
-    from capture.save import save
+    from capture.save import refuse_existing, save
 
+    if not args.overwrite:
+        refuse_existing(args.output)  # now, rather than after a long search
     dump = open_dump(args)
-    save(dump.vmcore, args.output, sys.stderr)
+    save(dump.vmcore, args.output, sys.stderr, args.overwrite, tell)
     tell("saving vmcore complete")
     return finished(dump)
 
