@@ -7,7 +7,8 @@ import argparse
 import os
 
 EPILOG = """exit status: 0 done, 1 failed, 2 usage, 3 not in a capture environment,
-4 done, but memory was lost that should have been readable (see the report)"""
+4 done, but memory was lost that should have been readable (see the report), or a rule plug-in
+could not be asked, and what it refuses is not known"""
 
 
 class _Help(argparse.RawDescriptionHelpFormatter):
