@@ -5,6 +5,7 @@
 from setuptools import Extension, setup
 
 LIBRARY = ("preload", "preload_name", "preload_read", "composer", "compose", "window", "faults", "vma")
+HEADERS = ("compose", "composer", "faults", "plan", "preload", "sys", "vma", "window")
 GUARD = ("gate", "pageset", "guardfile", "sum64", "sigbus", "tally")
 
 # No module to import: the library that "oldmem run" puts into collectors. Built as one, it goes where the package goes.
@@ -12,7 +13,7 @@ preload = Extension(
     "capture._preload",
     sources=[f"capture/csrc/{name}.c" for name in LIBRARY] + [f"guard/csrc/{name}.c" for name in GUARD],
     include_dirs=["capture/csrc", "guard/csrc"],
-    depends=[f"capture/csrc/{name}.h" for name in ("compose", "composer", "faults", "plan", "preload", "sys", "vma", "window")],
+    depends=[f"capture/csrc/{name}.h" for name in HEADERS],
     extra_compile_args=["-O2", "-std=gnu11", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror"],
     # where dlsym() is before glibc 2.34; the file without a version has nothing in it since then
     extra_link_args=["-Wl,-z,defs", "-Wl,--no-as-needed", "-l:libdl.so.2"],

@@ -5,7 +5,6 @@ process, which every process of the collector's finds by way of /proc."""
 from __future__ import annotations
 
 import errno
-import fcntl
 import mmap
 import os
 from array import array
@@ -32,11 +31,10 @@ MFD_NOEXEC_SEAL = 8  # include/uapi/linux/memfd.h
 _WORD = 64
 
 
-def memfd(name: str) -> int:
-    """A memory file. Raises Error."""
+def _memfd(name: str) -> int:
     for flags in (MFD_NOEXEC_SEAL, 0):  # since 6.3, where vm.memfd_noexec may insist on it
         try:
-            return os.memfd_create(name, flags | os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+            return os.memfd_create(name, flags | os.MFD_CLOEXEC)
         except OSError as e:
             if e.errno != errno.EINVAL or not flags:
                 raise Error(f"no memory files, which the collector's library needs: {e.strerror}") from None
@@ -54,7 +52,7 @@ def _mapped_as(segment: Segment, page_size: int) -> tuple[int, int]:
     except (OSError, ValueError):  # one that cannot be mapped has no faults either
         return device, inode
     with page, open("/proc/self/maps", encoding="utf-8", errors="replace") as maps:
-        start = f"{int(ffi.cast('uintptr_t', ffi.from_buffer(page))):x}-"
+        start = f"{int(ffi.cast('uintptr_t', ffi.from_buffer('char[]', page))):x}-"
         for line in maps:
             if line.lstrip("0").startswith(start):
                 _, _, _, numbers, number, *_ = line.split()
@@ -64,8 +62,8 @@ def _mapped_as(segment: Segment, page_size: int) -> tuple[int, int]:
 
 
 class Plan:
-    """What the library is told about *dump*, which *vmcore* (a descriptor) shows to every program. Where no file has the
-    name that programs open it by, *name* is that. Close it when the command has ended. Raises Error."""
+    """What the library is told about *dump*, to whose vmcore the descriptor *vmcore* leads any program. Where no file
+    has the name that programs open it by, *name* is that. Close it when the command has ended. Raises Error."""
 
     def __init__(self, dump: Dump, vmcore: int, name: str) -> None:
         self._fds: list[int] = []
@@ -79,7 +77,7 @@ class Plan:
             raise
 
     def _new(self, name: str) -> int:
-        self._fds.append(memfd(name))
+        self._fds.append(_memfd(name))
         return self._fds[-1]
 
     def _write(self, dump: Dump, vmcore: int, name: bytes) -> None:
@@ -177,9 +175,9 @@ class Plan:
                 return
             at = os.lseek(self._tally, start, os.SEEK_HOLE)
             words = array("Q", os.pread(self._tally, at - start, start))
-            first = (start - self._failed_at) * 8
-            bits = len(words) * _WORD
-            yield from (Range(first + r.start, first + r.end) for r in PageSet(0, bits, words, bits, 1, 0).ranges(0, bits))
+            first, bits = (start - self._failed_at) * 8, len(words) * _WORD
+            for run in PageSet(0, bits, words, bits, 1, 0).ranges(0, bits):
+                yield Range(first + run.start, first + run.end)
 
     def _faults(self, page_size: int) -> Iterator[Fault]:
         """Of what was mapped, what was not there when it was touched."""

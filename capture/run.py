@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """A collector with the vmcore inside of its own process: mmap at the kernel's speed.
 
-For the command and all that it starts, a file of our own (FUSE) has the vmcore, in a mount namespace of theirs: over the
-file that they open, and over the kernel's. So every program reads the right bytes, by whatever way it opens, inherits,
-maps or has the kernel copy them. A library in front of libc (capture/csrc/preload.c, by LD_PRELOAD) makes read(2) and
-mmap(2) of that file fast: it maps the files that show old memory into the collector itself."""
+For the command and all that it starts, a file of our own (FUSE) has the vmcore, in a mount namespace of theirs: over
+the file that they open, and over the kernel's. So every program reads the right bytes, by whatever way it opens,
+inherits, maps or has the kernel copy them. A library in front of libc (capture/csrc/preload.c, by LD_PRELOAD) makes
+read(2) and mmap(2) of that file fast: it maps the files that show old memory into the collector itself."""
 
 from __future__ import annotations
 
@@ -22,7 +22,6 @@ from capture.mounts import MS_BIND, mount, mount_points, unmount
 from capture.plan import Plan
 from capture.programs import wait
 from capture.service import Service
-from guard import procvmcore
 from guard._core import ffi, lib
 from guard.errors import Error
 

@@ -45,7 +45,7 @@ def check(mode: str, folder: Path) -> None:
     for name, arguments in runs.items():
         run(*under, build_static(folder, name, *MODES[mode]), *arguments, timeout=300)
         print(f"{mode}: {name}: clean", flush=True)
-    cut = shutil.copy(image, folder / "cut")
+    cut = Path(shutil.copy(image, folder / "cut"))
     with planned(folder, cut) as (plan, expected):
         run(*under, build_static(folder, "windows", *MODES[mode]), plan, expected, cut, timeout=300)
         print(f"{mode}: windows: clean", flush=True)

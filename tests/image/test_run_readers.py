@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Who may read under ``oldmem run``, and how: everybody, in every way, and gets the bytes of the saved file. Programs with
-our library in front of libc are fast; static ones, descriptors that are inherited or opened anew, and what the kernel
-copies are right all the same. docs/readers.md has the table of who was tried."""
+"""Who may read under ``oldmem run``, and how: everybody, in every way, and gets the bytes of the saved file. Programs
+with our library in front of libc are fast; static ones, descriptors that are inherited or opened anew, and what the
+kernel copies are right all the same. docs/readers.md has the table of who was tried."""
 
 from __future__ import annotations
 
@@ -150,7 +150,12 @@ def _ends(pid: int) -> bool:
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT], ids=lambda s: s.name)
 @pytest.mark.parametrize("victim", ["server", "standby", "oldmem run"])
 def test_reader_goes_on_whichever_process_of_ours_is_ended(
-    readers: dict[str, Path], small_machine: Recorded, saved_small: Path, tmp_path: Path, victim: str, sent: signal.Signals
+    readers: dict[str, Path],
+    small_machine: Recorded,
+    saved_small: Path,
+    tmp_path: Path,
+    victim: str,
+    sent: signal.Signals,
 ) -> None:
     if victim == "oldmem run" and sent != signal.SIGKILL:
         pytest.skip("what ends the command is passed on to it")
