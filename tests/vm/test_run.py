@@ -58,7 +58,7 @@ def test_program_that_takes_no_library_gets_the_same_and_nobody_else_notices(cra
         "dd-dynamic if=/proc/vmcore bs=1M 2>/dev/null",
         "cat /proc/vmcore",
         "cat </proc/vmcore",
-        "cat /dev/stdin </proc/vmcore",
+        "cat /proc/self/fd/0 </proc/vmcore",
     )
     script = "; ".join(f"{way} | sha256sum" for way in ways)
     sums = [line.split()[0] for line in g.sh(f"oldmem run -q -- sh -c '{script}'", timeout=300).splitlines()]
