@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import filecmp
 import json
 import os
 import re
+import shutil
 import signal
 import stat
 import subprocess
@@ -164,8 +166,9 @@ def test_save_that_is_killed_at_any_moment_leaves_no_dump_by_its_final_name(
         end = time.monotonic() + 60
         part = tmp_path / "out-incomplete"
         while saving.poll() is None and time.monotonic() < end:
-            if part.exists() and part.stat().st_blocks * 512 >= size:
-                break
+            with contextlib.suppress(FileNotFoundError):
+                if part.stat().st_blocks * 512 >= size:
+                    break
         saving.kill()
         saving.wait(timeout=20)
         if out.exists():
@@ -208,6 +211,36 @@ def test_quiet_is_quiet_and_verbose_tells_more(tmp_path: Path, small_machine: Re
     assert verbose.lines[-1] == "oldmem: memory read from images"
     assert oldmem("header", "-q", "--machine", small_machine.folder, "-o", tmp_path / "b").lines == []
     assert filecmp.cmp(tmp_path / "a", tmp_path / "b", shallow=False)
+
+
+def test_quiet_plug_is_quiet(tmp_path: Path, small_machine: Recorded) -> None:
+    shutil.copytree(small_machine.folder, tmp_path / "copy", ignore=shutil.ignore_patterns("*.raw"))
+    document = json.loads((tmp_path / "copy/machine.json").read_text())
+    for entry in [*document["ram"], *document["virtio_mem"]]:  # that they lie elsewhere is told
+        entry["image"] = str(small_machine.folder / entry["image"])
+    (tmp_path / "copy/machine.json").write_text(json.dumps(document))
+    assert oldmem("plug", "--machine", tmp_path / "copy").lines
+    assert oldmem("plug", "-q", "--machine", tmp_path / "copy").lines == []
+
+
+@pytest.mark.parametrize(
+    "arguments", ["run --vmcore x", "header -o x", "guard -o x", "save -o x", "record --minimal x"]
+)
+def test_working_directory_that_is_gone_is_told(arguments: str, small_machine: Recorded, tmp_path: Path) -> None:
+    (tmp_path / "gone").mkdir()
+    command, _, more = arguments.partition(" ")
+    behind = "-- true" if command == "run" else ""
+    code = "from capture.cli import main; main()"
+    line = f"cd gone && rmdir ../gone && {sys.executable} -c '{code}' {command} -q --machine \"$0\" {more} {behind}"
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run(
+        ["bash", "-c", line, small_machine.folder], cwd=tmp_path, capture_output=True, timeout=60, env=environment
+    )
+    assert done.returncode == 1
+    assert done.stderr.decode() in (
+        "oldmem: x: No such file or directory\n",
+        "oldmem: working directory: No such file or directory\n",
+    )
 
 
 def test_header_to_standard_output(small_machine: Recorded, tmp_path: Path) -> None:
