@@ -147,13 +147,13 @@ def test_dump_in_progress_goes_on_when_its_servers_are_killed(crashed_guest: Mak
     g.put({"/tmp/server": SERVER.encode()})
     for dump in DUMPS:
         undisturbed = g.sh(f"{dump} 2>/dev/null | md5sum", timeout=400).split()[0]
-        for number in ("KILL", "TERM"):
+        for number in ("KILL", "TERM") if dump == DUMPS[0] else ("KILL",):
             told = g.sh(UNDER_KILLS % (dump, number), timeout=600).split()
             assert told == [undisturbed, "-", "0"], (dump, number, g.sh("tail -5 /tmp/log"))
     assert json.loads(g.sh("cat /run/oldmem/guard.json"))["unreadable"] == []
 
     # all of them at once: an error for who reads, no zeros; and what the unit ends with gives the kernel's own back
-    assert g.sh("stat -c %s /proc/vmcore") != kernels
+    assert g.sh("grep -c fuse.oldmem /proc/mounts").strip() == "2"
     g.sh("pids=$(pidof oldmem); kill -STOP $pids; kill -KILL $pids; while pidof oldmem; do sleep 0.1; done", timeout=60)
     assert "not connected" in g.sh("cat /proc/vmcore 2>&1 >/dev/null; true")
     g.sh("umount -a -l -t fuse.oldmem")
