@@ -13,8 +13,8 @@ CORE := guard/_core.abi3.so
 CORE_SOURCES := cffi_build.py $(wildcard guard/csrc/*.[ch] capture/csrc/*.[ch])
 
 # The C library: its sources, its name with the ABI's number, where it is built and where it goes
-LIB_SOURCES := $(addprefix guard/csrc/,liboldmem_guard.c guardfile.c sum64.c bulk.c gate.c pageset.c corefile.c tally.c \
-	physmem.c)
+LIB_SOURCES := $(addprefix guard/csrc/,liboldmem_guard.c guardfile.c sum64.c bulk.c gate.c pageset.c corefile.c \
+	tally.c sigbus.c physmem.c)
 LIB_MAP := guard/csrc/liboldmem_guard.map
 LIB_NAME := liboldmem_guard.so
 LIB_CFLAGS := -std=gnu11 -Wall -Wextra -Werror -fPIC -fvisibility=hidden -Iinclude -pthread

@@ -29,7 +29,7 @@ HEADERS = [
     PLAN,
 ]
 SOURCES = [name[:-1] + "c" for name in HEADERS if name not in (LIBC, PLAN)]
-SOURCES.append("guard/csrc/sum64.c")  # which Python does not call
+SOURCES += "guard/csrc/sum64.c", "guard/csrc/sigbus.c"  # which Python does not call
 
 
 def declarations(header: str) -> str:

@@ -4,18 +4,19 @@
 # table, and current ones, which drop it.
 from setuptools import Extension, setup
 
-LIBRARY = ("preload", "preload_stat", "preload_read", "compose", "window")
-GUARD = ("gate", "pageset", "guardfile", "sum64")
+LIBRARY = ("preload", "preload_name", "preload_read", "composer", "compose", "window", "faults", "vma")
+HEADERS = ("compose", "composer", "faults", "plan", "preload", "sys", "vma", "window")
+GUARD = ("gate", "pageset", "guardfile", "sum64", "sigbus", "tally")
 
 # No module to import: the library that "oldmem run" puts into collectors. Built as one, it goes where the package goes.
 preload = Extension(
     "capture._preload",
     sources=[f"capture/csrc/{name}.c" for name in LIBRARY] + [f"guard/csrc/{name}.c" for name in GUARD],
     include_dirs=["capture/csrc", "guard/csrc"],
-    depends=[f"capture/csrc/{name}.h" for name in ("compose", "plan", "preload", "window")],
+    depends=[f"capture/csrc/{name}.h" for name in HEADERS],
     extra_compile_args=["-O2", "-std=gnu11", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror"],
-    extra_link_args=["-Wl,-z,defs", "-pthread"],
-    libraries=["dl"],  # of its own before glibc 2.34
+    # where dlsym() is before glibc 2.34; the file without a version has nothing in it since then
+    extra_link_args=["-Wl,-z,defs", "-Wl,--no-as-needed", "-l:libdl.so.2"],
     py_limited_api=True,
 )
 

@@ -91,8 +91,8 @@ class Dump:
             segments = layer(only(kernels, own), only(segments, wanted - own))
         self.memory = OldMemory(segments, self.registry, machine.core)
         self.exact = ExactMemory(self.memory, machine.touched)
-        if plugins:
-            self._ask(plugins)
+        self.unknown: list[str] = self._ask(plugins) if plugins else []
+        """Lines on rule plug-ins by which nobody knows what they would have refused: it was not."""
         self.early_rules = tuple(self.registry)
         """Those in force before the dead kernel was heard: it was read by them."""
         self.arch.hear(self)
@@ -109,13 +109,13 @@ class Dump:
             for line in device.problems:
                 self.problems.note(f"{device.name}: {line}")
 
-    def _ask(self, plugins: Sequence[Plugin]) -> None:
+    def _ask(self, plugins: Sequence[Plugin]) -> list[str]:
         """Before the dead kernel's records are read: what a plug-in refuses must not be read for them either."""
         from guard.plugins import Context, install
 
         m = self.machine
         context = Context(self.exact, self.envelope.all, m.page_size, m.root, self.arch.name, m.vmcoreinfo_paddr)
-        install(plugins, context, self.registry, self.problems)
+        return install(plugins, context, self.registry, self.problems)
 
     def _foreign(self) -> RangeSet:
         """What must not be read as old memory because it is the capture kernel's."""

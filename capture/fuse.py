@@ -87,7 +87,9 @@ class FuseServer:
         """Put it over the target. From now on who looks at it waits until it is served. Raises Error, also if another
         one of ours came in between; undoing that is the caller's affair."""
         mode = (stat.S_IFDIR | 0o500) if self._folder else (stat.S_IFREG | 0o400)
-        options = f"fd={self.fd},rootmode={mode:o},user_id=0,group_id=0,max_read={MAX_READ}"
+        # as with the kernel's own file, its mode decides who may open it, and who has it open may become another user
+        options = f"fd={self.fd},rootmode={mode:o},user_id=0,group_id=0,max_read={MAX_READ},"
+        options += "allow_other,default_permissions"
         mount(self.source, self.target, KIND, MS_RDONLY | MS_NOSUID | MS_NODEV | MS_NOEXEC, options)
         for there in mounts_on(self.target):
             if there.source == self.source:

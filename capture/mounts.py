@@ -7,7 +7,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 from guard import child
@@ -71,15 +71,22 @@ def resolved(path: str) -> str:
 def mounts_on(target: str) -> list[Mounted]:
     """What is mounted on *target*, the topmost last. Nothing where there is no /proc to tell."""
     wanted = os.fsencode(resolved(target))
-    found = []
+    return [mounted for point, mounted in _listed() if point == wanted]
+
+
+def mount_points(kind: str) -> list[str]:
+    """Where file systems of this type are mounted."""
+    return [os.fsdecode(point) for point, mounted in _listed() if mounted.kind == kind]
+
+
+def _listed() -> Iterator[tuple[bytes, Mounted]]:
+    """All mounts that this process sees, each with the place that it is mounted on."""
     with contextlib.suppress(FileNotFoundError), open("/proc/self/mountinfo", "rb") as file:
         for line in file:
             fields = line.split()
-            if _unescaped(fields[4]) == wanted:
-                rest = fields.index(b"-", 6)
-                kind, source = (_unescaped(field) for field in fields[rest + 1 : rest + 3])
-                found.append(Mounted(fields[2].decode(), os.fsdecode(kind), os.fsdecode(source)))
-    return found
+            rest = fields.index(b"-", 6)
+            kind, source = (os.fsdecode(_unescaped(field)) for field in fields[rest + 1 : rest + 3])
+            yield _unescaped(fields[4]), Mounted(fields[2].decode(), kind, source)
 
 
 def _unescaped(field: bytes) -> bytes:

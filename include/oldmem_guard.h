@@ -25,8 +25,9 @@
  * Threads. open(), add_segment() and close() need the handle for themselves: no other call on it may run at the same
  * time. All others may be made on one handle by any number of threads at once, without locks of the caller's; none of
  * them allocates, waits for another thread, or touches state outside of the handle. A segment that is mapped needs a
- * handler for SIGBUS, which is the process's: add_segment() installs it, it passes on what is not its own, and it finds
- * its way by one thread-local pointer. Whoever replaces that handler must pass SIGBUS on.
+ * handler for SIGBUS, which is the process's: the first add_segment() of one in the process installs it, and no later
+ * one does it again. It runs on the thread's alternate stack where there is one, finds its way by one thread-local
+ * pointer, and passes on what is not its own. Whoever replaces that handler must pass SIGBUS on.
  *
  * The guard file stays mapped until close(). It must not be cut or written to meanwhile; to be replaced by a rename, as
  * oldmem does it, is harmless.

@@ -1,254 +1,141 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
-/* Which file is the vmcore, and opening it; see preload.h. */
+/* The plan, and which descriptors are the vmcore's; see preload.h. */
 #define _GNU_SOURCE
 #include "preload.h"
 
 #include <dlfcn.h>
-#include <errno.h>
-#include <fcntl.h>
-#include <limits.h>
-#include <pthread.h>
-#include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
-#include <string.h>
 #include <sys/mman.h>
-#include <unistd.h>
 
 #define PLAN_VARIABLE "OLDMEM_RUN"
 
-enum { OPENING = O_CREAT | O_TRUNC | O_ACCMODE };
+/*
+ * In the version that was there before dlsym() moved from libdl into libc (glibc 2.34), so that one library serves both.
+ */
+#ifdef __GLIBC__
+#if defined(__x86_64__)
+#define FIRST "GLIBC_2.2.5"
+#elif defined(__s390x__)
+#define FIRST "GLIBC_2.2"
+#else
+#define FIRST "GLIBC_2.17"
+#endif
+__asm__(".symver dlsym, dlsym@" FIRST);
+#endif
 
 struct preload preload;
-static struct libc libc;
 
-/* Looked up once; threads that look at the same time find the same. */
-void *preload_next(void **cache, const char *name)
+static void *found[NEXT_COUNT];
+
+static long missing(void)
 {
-	void *found = __atomic_load_n(cache, __ATOMIC_RELAXED);
-
-	if (!found) {
-		found = dlsym(RTLD_NEXT, name);
-		if (!found) {
-			fprintf(stderr, "oldmem run: no %s() behind this library\n", name);
-			_exit(1);
-		}
-		__atomic_store_n(cache, found, __ATOMIC_RELAXED);
-	}
-	return found;
+	errno = ENOSYS;
+	return -1;
 }
 
-static pthread_once_t once = PTHREAD_ONCE_INIT;
-static int not_ready;	/* errno */
-
-static void give_up(const char *why)
+void *preload_next(enum next_function which)
 {
-	fprintf(stderr, "oldmem run: %s\n", why);
+#define NEXT_NAME(name) #name,
+	static const char *const names[] = { NEXT_FUNCTIONS(NEXT_NAME) };
+	void *next = __atomic_load_n(&found[which], __ATOMIC_RELAXED);
+
+	if (next)
+		return next;
+	next = dlsym(RTLD_NEXT, names[which]);
+	/* stat() and its kin before glibc 2.33, where the programs that are there do not call it */
+	if (!next)
+		next = (void *)missing;
+	__atomic_store_n(&found[which], next, __ATOMIC_RELAXED);
+	return next;
 }
 
 __attribute__((constructor))
 static void start(void)
 {
 	const char *path = getenv(PLAN_VARIABLE);
-	char why[256];
+	char buffer[PROC_FD_PATH];
+	int err;
 
 	if (!path || preload.active)
 		return;
-	libc = (struct libc){ NEXT(open), NEXT(close), NEXT(mmap), NEXT(munmap), NEXT(fstat) };
-	if (compose_open(&preload.composer, &libc, path, why, sizeof(why))) {
-		/* which file is to be guarded is not known: nothing may be read */
-		give_up(why);
-		_exit(1);
-	}
+	/* all of them: dlsym() may not be called in a signal handler, and read() may */
+	for (int i = 0; i < NEXT_COUNT; i++)
+		preload_next((enum next_function)i);
+	preload.composer.mmap = NEXT(mmap);
+	err = composer_open(&preload.composer, path);
+	/* that another user's program cannot have it, or one that is left when all has ended, is in the nature of things */
+	if (err == -EBADMSG)
+		fprintf(stderr, "oldmem run: %s: not what this library was built for\n", path);
+	if (err)
+		return;
+	path = proc_fd_path(buffer, preload.composer.plan->pid, preload.composer.plan->vmcore_fd);
+	snprintf(preload.real, sizeof(preload.real), "%s", path);
 	preload.active = true;
 }
 
-static void make_ready(void)
-{
-	char why[256];
+/*
+ * What is known of a descriptor, which saves programs a question for each read of every other file. "Ours" is asked again
+ * each time; "other" may be wrong where a descriptor came by a way that is not seen here: its reads are slower then.
+ */
+enum { UNKNOWN, OURS, OTHER };
 
-	not_ready = -compose_ready(&preload.composer, why, sizeof(why));
-	if (not_ready)
-		give_up(why);
+static uint8_t known[4096];
+
+void preload_unknown(int fd)
+{
+	if (fd >= 0 && fd < (int)sizeof(known))
+		__atomic_store_n(&known[fd], UNKNOWN, __ATOMIC_RELAXED);
 }
 
-int preload_ready(void)
-{
-	pthread_once(&once, make_ready);
-	return not_ready;
-}
-
-bool preload_is_target(const struct stat *st)
+static bool is_vmcore(int fd, bool look_closer)
 {
 	const struct plan *plan = preload.composer.plan;
+	struct stat st;
+	long flags;
 
-	return plan->ino && st->st_ino == plan->ino && st->st_dev == plan->dev;
-}
-
-bool preload_is_shape(const struct stat *st)
-{
-	const struct plan *plan = preload.composer.plan;
-
-	return st->st_ino == plan->shape_ino && st->st_dev == plan->shape_dev;
+	if (sys_fstat(fd, &st) || st.st_ino != plan->ino || st.st_dev != plan->dev)
+		return false;
+	if (!look_closer)
+		return true;
+	flags = syscall(SYS_fcntl, fd, F_GETFL);
+	return flags >= 0 && !(flags & (O_PATH | O_ACCMODE));
 }
 
 bool preload_ours(int fd)
 {
-	struct stat st;
 	int saved = errno;
-	bool found = preload.active && !NEXT(fstat)(fd, &st) && preload_is_shape(&st);
+	uint8_t is;
 
-	errno = saved;
-	return found;
-}
-
-bool preload_named(int dirfd, const char *path)
-{
-	const struct plan *plan = preload.composer.plan;
-	char here[PATH_MAX];
-	int saved = errno;
-	bool same = false;
-
-	if (!preload.active || plan->ino || errno != ENOENT || !path)
+	if (!preload.active || fd < 0 || fd >= (int)sizeof(known))
 		return false;
-	if (path[0] == '/') {
-		same = !strcmp(path, plan->name);
-	} else if (dirfd == AT_FDCWD && getcwd(here, sizeof(here))) {
-		size_t n = strlen(here);
-
-		same = !strncmp(here, plan->name, n) && plan->name[n] == '/' && !strcmp(plan->name + n + 1, path);
-	}
-	errno = saved;
-	return same;
-}
-
-/* The kernel's own vmcore is hidden below a socket, which cannot be opened. errno stays as it is. */
-static bool covered(int dirfd, const char *path)
-{
-	struct stat st;
-	bool found;
-
-	if (!preload.active || errno != ENXIO || !path)
+	is = __atomic_load_n(&known[fd], __ATOMIC_RELAXED);
+	if (is == OTHER)
 		return false;
-	found = !NEXT(fstatat)(dirfd, path, &st, 0) && preload_is_target(&st);
-	errno = ENXIO;
-	return found;
+	is = is_vmcore(fd, is == UNKNOWN) ? OURS : OTHER;
+	__atomic_store_n(&known[fd], is, __ATOMIC_RELAXED);
+	errno = saved;
+	return is == OURS && composer_ready(&preload.composer);
 }
 
-int preload_open(int flags)
+EXPORT int close(int fd)
 {
-	int err, fd;
-
-	if (flags & OPENING & ~O_CREAT) {
-		errno = EACCES;
-		return -1;
-	}
-	err = preload_ready();
-	fd = err ? -err : compose_reopen(&preload.composer, preload.composer.plan->shape_fd, O_WRONLY);
-	if (fd < 0) {
-		errno = -fd;
-		return -1;
-	}
-	if (!(flags & O_CLOEXEC))
-		fcntl(fd, F_SETFD, 0);
-	return fd;
+	preload_unknown(fd);
+	return NEXT(close)(fd);
 }
 
-/* `fd` is what opening `path` gave: the same, or ours in place of it. */
-static int opened(int fd, int dirfd, const char *path, int flags)
+EXPORT int dup2(int fd, int to)
 {
-	struct stat st;
+	int made = NEXT(dup2)(fd, to);
 
-	if (!preload.active)
-		return fd;
-	if (fd < 0)
-		return preload_named(dirfd, path) || covered(dirfd, path) ? preload_open(flags) : fd;
-	if (!preload.composer.plan->ino || flags & O_PATH || NEXT(fstat)(fd, &st) || !preload_is_target(&st))
-		return fd;
-	NEXT(close)(fd);
-	return preload_open(flags);
+	preload_unknown(to);
+	return made;
 }
 
-static mode_t mode_of(int flags, va_list args)
+EXPORT int dup3(int fd, int to, int flags)
 {
-	return flags & O_CREAT || (flags & O_TMPFILE) == O_TMPFILE ? va_arg(args, mode_t) : 0;
+	int made = NEXT(dup3)(fd, to, flags);
+
+	preload_unknown(to);
+	return made;
 }
-
-EXPORT int open(const char *path, int flags, ...)
-{
-	va_list args;
-	mode_t mode;
-
-	va_start(args, flags);
-	mode = mode_of(flags, args);
-	va_end(args);
-	return opened(NEXT(open)(path, flags, mode), AT_FDCWD, path, flags);
-}
-
-EXPORT int openat(int dirfd, const char *path, int flags, ...)
-{
-	va_list args;
-	mode_t mode;
-
-	va_start(args, flags);
-	mode = mode_of(flags, args);
-	va_end(args);
-	return opened(NEXT(openat)(dirfd, path, flags, mode), dirfd, path, flags);
-}
-
-/* What _FORTIFY_SOURCE makes of calls without a mode. */
-EXPORT int __open_2(const char *path, int flags)
-{
-	return opened(NEXT(open)(path, flags), AT_FDCWD, path, flags);
-}
-
-EXPORT int __openat_2(int dirfd, const char *path, int flags)
-{
-	return opened(NEXT(openat)(dirfd, path, flags), dirfd, path, flags);
-}
-
-ALSO(open64, open);
-ALSO(openat64, openat);
-ALSO(__open64_2, __open_2);
-ALSO(__openat64_2, __openat_2);
-
-/* stdio calls the kernel by itself: it gets a stream of ours. */
-static ssize_t stream_read(void *cookie, char *buf, size_t n)
-{
-	return preload_read_on((int)(intptr_t)cookie, buf, n);
-}
-
-static int stream_seek(void *cookie, off64_t *offset, int whence)
-{
-	off_t at = NEXT(lseek)((int)(intptr_t)cookie, *offset, whence);
-
-	if (at < 0)
-		return -1;
-	*offset = at;
-	return 0;
-}
-
-static int stream_close(void *cookie)
-{
-	return NEXT(close)((int)(intptr_t)cookie);
-}
-
-EXPORT FILE *fopen(const char *path, const char *mode)
-{
-	const cookie_io_functions_t io = { .read = stream_read, .seek = stream_seek, .close = stream_close };
-	struct stat st;
-	FILE *file;
-	int fd;
-
-	if (!preload.active || *mode != 'r' || strchr(mode, '+') || stat(path, &st) || !preload_is_shape(&st))
-		return NEXT(fopen)(path, mode);
-	fd = preload_open(strchr(mode, 'e') ? O_CLOEXEC : 0);
-	if (fd < 0)
-		return NULL;
-	file = fopencookie((void *)(intptr_t)fd, "r", io);
-	if (!file)
-		NEXT(close)(fd);
-	return file;
-}
-
-ALSO(fopen64, fopen);

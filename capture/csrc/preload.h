@@ -1,19 +1,20 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * What "oldmem run" puts in front of libc in a collector (LD_PRELOAD): the vmcore is opened (preload.c), looked at
- * (preload_stat.c), read and mapped (preload_read.c) inside of the collector's own process.
+ * What "oldmem run" puts in front of libc in a collector (LD_PRELOAD), for speed alone. The vmcore that programs open is
+ * a file with the right bytes, which a server gives out (FUSE): every way to read it is right without this library. It
+ * makes read(2) and mmap(2) of that file as fast as they are with the kernel's own: copies out of, or mappings made of,
+ * the files that show old memory (preload_read.c). Whatever it cannot do goes to the kernel, so that what it knows about
+ * descriptors may be out of date: it costs time then.
  *
- * The descriptor that a program gets is one of an empty file as large as the vmcore (the plan's shape), opened for
- * writing only and sealed against it. So the kernel itself keeps size, offset, dup(2), close(2) and inheritance; what it
- * cannot answer rightly it refuses (EBADF to read, EACCES to mmap), and only then do we look whether it is ours. Other
- * files cost nothing, a call that is not known here fails instead of reading zeros, and nothing about descriptors is
- * remembered.
+ * It has one task beside that: where no file has the name of the vmcore, and none can be made (/proc), that name leads to
+ * the file all the same (preload_name.c).
  */
 #ifndef OLDMEM_PRELOAD_H
 #define OLDMEM_PRELOAD_H
 
-#include <sys/stat.h>
+#include <sys/types.h>
 
+#include "sys.h"
 #include "window.h"
 
 #if __SIZEOF_LONG__ != 8
@@ -25,39 +26,36 @@
 #define ALSO(name, alias_of) \
 	EXPORT extern __typeof__(alias_of) name __attribute__((alias(#alias_of)))
 
-/* The function of that name that comes behind ours, libc's as a rule. */
-#define NEXT(name) \
-	({ \
-		static void *cache; \
-		(__typeof__(name) *)preload_next(&cache, #name); \
-	})
+/* Of these, all that is called by us. */
+#define NEXT_FUNCTIONS(X) \
+	X(open) X(openat) X(__open_2) X(__openat_2) X(close) X(dup2) X(dup3) X(fopen) X(freopen) \
+	X(read) X(pread) X(readv) X(preadv) X(preadv2) X(__read_chk) X(__pread_chk) X(mmap) X(mremap) \
+	X(stat) X(lstat) X(fstatat) X(__xstat) X(__lxstat) X(__fxstatat) X(statx) \
+	X(access) X(faccessat) X(euidaccess) X(getxattr) X(lgetxattr) X(listxattr) X(llistxattr)
 
-void *preload_next(void **cache, const char *name);
+#define NEXT_NUMBER(name) NEXT_##name,
+enum next_function { NEXT_FUNCTIONS(NEXT_NUMBER) NEXT_COUNT };
+
+/* The function of that name that comes behind ours, libc's as a rule. */
+#define NEXT(name) ((__typeof__(name) *)preload_next(NEXT_##name))
+
+void *preload_next(enum next_function which);
 
 struct preload {
-	bool active;		/* there is a plan; set before main() */
+	bool active;			/* there is a plan; set before main() */
 	struct composer composer;
+	char real[PROC_FD_PATH];	/* what leads to the vmcore where no file has its name */
 };
 
 extern struct preload preload;
 
-/* The rules are there, and what is mapped is safe to touch: to be asked before anything is read. 0, or errno. */
-int preload_ready(void);
-
-/* Is it the file that programs open as vmcore, or the one that they get for it? */
-bool preload_is_target(const struct stat *st);
-bool preload_is_shape(const struct stat *st);
-
-/* Is the descriptor one of the shape? errno stays as it is. */
+/* May reads and mappings of the descriptor be made by us? errno stays as it is. Async-signal-safe. */
 bool preload_ours(int fd);
 
-/* Where no file has the name of the vmcore: does a path that did not lead to one (errno is ENOENT) mean it? */
+/* The descriptor may be another file's from now on. */
+void preload_unknown(int fd);
+
+/* `path` led to no file (errno is ENOENT, and stays): is it the name of the vmcore, which no file has? */
 bool preload_named(int dirfd, const char *path);
-
-/* Another descriptor of the shape, or -1 with errno; `flags` are those that the program opens the vmcore with. */
-int preload_open(int flags);
-
-/* As read(2), of a descriptor that is ours. */
-ssize_t preload_read_on(int fd, void *buf, size_t n);
 
 #endif

@@ -1,74 +1,106 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
-/* Reading and mapping a descriptor of the vmcore. */
+/* Reading and mapping a descriptor of the vmcore; see preload.h. */
 #define _GNU_SOURCE
 #include "preload.h"
 
-#include <errno.h>
 #include <limits.h>
+#include <stdarg.h>
 #include <sys/mman.h>
-#include <sys/sendfile.h>
 #include <sys/uio.h>
-#include <unistd.h>
+
+#include "faults.h"
 
 /* Pieces that one mmap(2) may take: vm.max_map_count is 65530 by default, and is the collector's own too. */
 enum { MAX_PIECES = 16384 };
 
-static ssize_t read_at(off_t offset, void *buf, size_t n)
+/*
+ * Can the buffer be written? The kernel says so (EFAULT) where memcpy() would end the program. What it writes to each
+ * page, the file's first bytes, is written over: these are pages that the read fills.
+ */
+static bool can_write(int fd, uint8_t *buf, size_t n)
 {
-	int err = offset < 0 ? EINVAL : preload_ready();
-	int64_t done = err ? -err : window_read(&preload.composer, (uint64_t)offset, buf, n < SSIZE_MAX ? n : SSIZE_MAX);
+	const uint8_t *const end = buf + n;
+	const size_t page = (size_t)plan_page(&preload.composer);
+	struct iovec pieces[64];
 
-	if (done >= 0)
-		return (ssize_t)done;
-	errno = (int)-done;
-	return -1;
+	while (buf < end) {
+		int count = 0;
+
+		while (buf < end && count < 64) {
+			pieces[count++] = (struct iovec){ buf, 1 };
+			buf = (uint8_t *)(((uintptr_t)buf | (page - 1)) + 1);
+		}
+		if (NEXT(preadv)(fd, pieces, count, 0) != count)
+			return false;
+	}
+	return true;
 }
 
-/* Threads that share the descriptor get different bytes, as from the kernel: the offset is moved first. */
-ssize_t preload_read_on(int fd, void *buf, size_t n)
+/* As pread(2), of a descriptor that is ours: what the windows do not give, the kernel does. */
+static ssize_t read_at(int fd, off_t offset, void *buf, size_t n)
 {
 	const uint64_t size = preload.composer.plan->size;
-	off_t end = NEXT(lseek)(fd, 0, SEEK_CUR);
+	size_t done = 0;
+	ssize_t rest;
+
+	if (offset < 0 || (uint64_t)offset >= size)
+		return NEXT(pread)(fd, buf, n, offset);
+	if (n > size - (uint64_t)offset)
+		n = (size_t)(size - (uint64_t)offset);
+	if (can_write(fd, buf, n))
+		done = (size_t)window_read(&preload.composer, (uint64_t)offset, buf, n);
+	if (done == n)
+		return (ssize_t)n;
+	rest = NEXT(pread)(fd, (uint8_t *)buf + done, n - done, offset + (off_t)done);
+	return rest >= 0 ? (ssize_t)done + rest : done ? (ssize_t)done : rest;
+}
+
+/* As read(2). Threads that share the descriptor get different bytes, as from the kernel: the offset is moved first. */
+static ssize_t read_on(int fd, void *buf, size_t n)
+{
+	const uint64_t size = preload.composer.plan->size;
+	off_t end = lseek(fd, 0, SEEK_CUR);
 	ssize_t done;
 
 	if (end < 0 || (uint64_t)end >= size || !n)
-		return end < 0 ? -1 : 0;
+		return NEXT(read)(fd, buf, n);
 	if (n > size)
 		n = (size_t)size;
-	end = NEXT(lseek)(fd, (off_t)n, SEEK_CUR);
+	end = lseek(fd, (off_t)n, SEEK_CUR);
 	if (end < 0)
 		return -1;
-	done = read_at(end - (off_t)n, buf, n);
-	if (done < (ssize_t)n)
-		NEXT(lseek)(fd, (done < 0 ? 0 : done) - (off_t)n, SEEK_CUR);
+	done = read_at(fd, end - (off_t)n, buf, n);
+	if (done < (ssize_t)n) {
+		int saved = errno;
+
+		lseek(fd, (done < 0 ? 0 : done) - (off_t)n, SEEK_CUR);
+		errno = saved;
+	}
 	return done;
 }
 
-#define REFUSED(result) ((result) < 0 && errno == EBADF)
-
 EXPORT ssize_t read(int fd, void *buf, size_t n)
 {
-	ssize_t done = NEXT(read)(fd, buf, n);
-
-	return REFUSED(done) && preload_ours(fd) ? preload_read_on(fd, buf, n) : done;
+	return preload_ours(fd) ? read_on(fd, buf, n) : NEXT(read)(fd, buf, n);
 }
 
 EXPORT ssize_t pread(int fd, void *buf, size_t n, off_t offset)
 {
-	ssize_t done = NEXT(pread)(fd, buf, n, offset);
-
-	return REFUSED(done) && preload_ours(fd) ? read_at(offset, buf, n) : done;
+	return preload_ours(fd) ? read_at(fd, offset, buf, n) : NEXT(pread)(fd, buf, n, offset);
 }
 
 /* What _FORTIFY_SOURCE makes of them; libc's own ends the program where the buffer is too small. */
+ssize_t __read_chk(int fd, void *buf, size_t n, size_t room);
+ssize_t __pread_chk(int fd, void *buf, size_t n, off_t offset, size_t room);
+
 EXPORT ssize_t __read_chk(int fd, void *buf, size_t n, size_t room)
 {
-	return n > room ? NEXT(__read_chk)(fd, buf, n, room) : read(fd, buf, n);
+	return n <= room && preload_ours(fd) ? read_on(fd, buf, n) : NEXT(__read_chk)(fd, buf, n, room);
 }
 
 EXPORT ssize_t __pread_chk(int fd, void *buf, size_t n, off_t offset, size_t room)
 {
-	return n > room ? NEXT(__pread_chk)(fd, buf, n, offset, room) : pread(fd, buf, n, offset);
+	return n <= room && preload_ours(fd) ? read_at(fd, offset, buf, n) : NEXT(__pread_chk)(fd, buf, n, offset, room);
 }
 
 ALSO(pread64, pread);
@@ -80,8 +112,8 @@ static ssize_t read_pieces(int fd, const struct iovec *pieces, int n, off_t offs
 	ssize_t sum = 0;
 
 	for (int i = 0; i < n; i++) {
-		ssize_t done = offset == -1 ? preload_read_on(fd, pieces[i].iov_base, pieces[i].iov_len)
-					    : read_at(offset + sum, pieces[i].iov_base, pieces[i].iov_len);
+		ssize_t done = offset == -1 ? read_on(fd, pieces[i].iov_base, pieces[i].iov_len)
+					    : read_at(fd, offset + sum, pieces[i].iov_base, pieces[i].iov_len);
 
 		if (done < 0)
 			return sum ? sum : done;
@@ -94,106 +126,63 @@ static ssize_t read_pieces(int fd, const struct iovec *pieces, int n, off_t offs
 
 EXPORT ssize_t readv(int fd, const struct iovec *pieces, int n)
 {
-	ssize_t done = NEXT(readv)(fd, pieces, n);
-
-	return REFUSED(done) && preload_ours(fd) ? read_pieces(fd, pieces, n, -1) : done;
+	return n > 0 && n <= IOV_MAX && preload_ours(fd) ? read_pieces(fd, pieces, n, -1) : NEXT(readv)(fd, pieces, n);
 }
 
 EXPORT ssize_t preadv(int fd, const struct iovec *pieces, int n, off_t offset)
 {
-	ssize_t done = NEXT(preadv)(fd, pieces, n, offset);
-
-	return REFUSED(done) && offset >= 0 && preload_ours(fd) ? read_pieces(fd, pieces, n, offset) : done;
+	if (n > 0 && n <= IOV_MAX && offset >= 0 && preload_ours(fd))
+		return read_pieces(fd, pieces, n, offset);
+	return NEXT(preadv)(fd, pieces, n, offset);
 }
 
 EXPORT ssize_t preadv2(int fd, const struct iovec *pieces, int n, off_t offset, int flags)
 {
-	ssize_t done = NEXT(preadv2)(fd, pieces, n, offset, flags);
-
-	return REFUSED(done) && offset >= -1 && preload_ours(fd) ? read_pieces(fd, pieces, n, offset) : done;
+	if (!flags && n > 0 && n <= IOV_MAX && offset >= -1 && preload_ours(fd))
+		return read_pieces(fd, pieces, n, offset);
+	return NEXT(preadv2)(fd, pieces, n, offset, flags);
 }
 
 ALSO(preadv64, preadv);
 ALSO(preadv64v2, preadv2);
 
-EXPORT off_t lseek(int fd, off_t offset, int whence)
-{
-	if ((whence != SEEK_DATA && whence != SEEK_HOLE) || !preload_ours(fd))
-		return NEXT(lseek)(fd, offset, whence);
-	if (offset < 0 || offset >= (off_t)preload.composer.plan->size) {
-		errno = ENXIO;
-		return -1;
-	}
-	return NEXT(lseek)(fd, whence == SEEK_DATA ? offset : (off_t)preload.composer.plan->size, SEEK_SET);
-}
-
-ALSO(lseek64, lseek);
-
-/* As mmap_vmcore() decides it. */
-static void *map_vmcore(void *at, size_t n, int prot, int flags, off_t offset)
-{
-	const struct plan *plan = preload.composer.plan;
-	uint64_t page = UINT64_C(1) << plan->page_shift, whole = (n + page - 1) & ~(page - 1);
-	uint64_t size = (plan->size + page - 1) & ~(page - 1);
-	int64_t laid = -preload_ready();
-
-	if (laid)
-		;	/* nothing may be read */
-	else if (prot & (PROT_WRITE | PROT_EXEC))
-		laid = -EPERM;
-	else if (!n || offset < 0 || offset & (off_t)(page - 1) || whole < n || whole > size ||
-		 (uint64_t)offset > size - whole)
-		laid = -EINVAL;
-	else
-		laid = compose(&preload.composer, &at, (uint64_t)offset, whole, flags & (MAP_FIXED | MAP_FIXED_NOREPLACE),
-			       MAX_PIECES, COMPOSE_ALL);
-	if (laid >= 0)
-		return at;
-	errno = (int)-laid;
-	return MAP_FAILED;
-}
+/* What changes nothing about what is mapped. All else is the kernel's. */
+enum { USUAL = MAP_SHARED | MAP_PRIVATE | MAP_FIXED | MAP_FIXED_NOREPLACE | MAP_NORESERVE | MAP_POPULATE | MAP_DENYWRITE };
 
 EXPORT void *mmap(void *at, size_t n, int prot, int flags, int fd, off_t offset)
 {
-	void *map = NEXT(mmap)(at, n, prot, flags, fd, offset);
+	const int fixed = flags & (MAP_FIXED | MAP_FIXED_NOREPLACE), saved = errno;
 
-	if (map == MAP_FAILED && errno == EACCES && !(flags & MAP_ANONYMOUS) && preload_ours(fd))
-		return map_vmcore(at, n, prot, flags, offset);
-	if (map != MAP_FAILED && flags & MAP_FIXED && preload.active)
-		compose_forget(map, n);
-	return map;
+	if (prot == PROT_READ && !(flags & ~USUAL) && preload_ours(fd)) {
+		const uint64_t page = plan_page(&preload.composer), whole = (n + page - 1) & ~(page - 1);
+		const uint64_t size = (preload.composer.plan->size + page - 1) & ~(page - 1);
+		void *map = at;
+
+		if (n && whole >= n && offset >= 0 && !((uint64_t)offset & (page - 1)) && whole <= size &&
+		    (uint64_t)offset <= size - whole &&
+		    compose(&preload.composer, &map, (uint64_t)offset, whole, fixed, MAX_PIECES, COMPOSE_ALL) >= 0)
+			return map;
+	}
+	errno = saved;
+	return NEXT(mmap)(at, n, prot, flags, fd, offset);
 }
 
 ALSO(mmap64, mmap);
 
-EXPORT int munmap(void *at, size_t n)
+/* A mapping of the vmcore never grows (VM_DONTEXPAND): behind it in an image lies what may be refused. */
+EXPORT void *mremap(void *old, size_t n, size_t new_n, int flags, ...)
 {
-	if (preload.active)
-		compose_forget(at, n);
-	return NEXT(munmap)(at, n);
-}
+	void *to = NULL;
+	va_list args;
 
-/* Programs that have the kernel copy go on with read() after this. */
-static ssize_t copied(ssize_t done, int fd)
-{
-	if (REFUSED(done) && preload_ours(fd))
-		errno = EINVAL;
-	return done;
-}
-
-EXPORT ssize_t copy_file_range(int in, off_t *in_offset, int out, off_t *out_offset, size_t n, unsigned flags)
-{
-	return copied(NEXT(copy_file_range)(in, in_offset, out, out_offset, n, flags), in);
-}
-
-EXPORT ssize_t sendfile(int out, int in, off_t *offset, size_t n)
-{
-	return copied(NEXT(sendfile)(out, in, offset, n), in);
-}
-
-ALSO(sendfile64, sendfile);
-
-EXPORT ssize_t splice(int in, off_t *in_offset, int out, off_t *out_offset, size_t n, unsigned flags)
-{
-	return copied(NEXT(splice)(in, in_offset, out, out_offset, n, flags), in);
+	if (flags & MREMAP_FIXED) {
+		va_start(args, flags);
+		to = va_arg(args, void *);
+		va_end(args);
+	}
+	if (new_n > n && preload.active && faults_show_memory(&preload.composer, (uintptr_t)old)) {
+		errno = EFAULT;
+		return MAP_FAILED;
+	}
+	return NEXT(mremap)(old, n, new_n, flags, to);
 }

@@ -6,9 +6,10 @@
 #include "compose.h"
 
 /*
- * Bytes read at offset: n, fewer only at the end of the vmcore, or -errno. Pages that are refused or cannot be had are
- * zeros. Any number of threads may read at once.
+ * Bytes copied from `offset` on: n, or fewer where the vmcore ends, where memory cannot be mapped, or where all windows
+ * are in use: the rest is to be read from the file. To be called only when composer_ready() has said so. No lock is
+ * taken: any number of threads, signal handlers and children of a fork may read at once.
  */
-int64_t window_read(struct composer *c, uint64_t offset, void *buf, uint64_t n);
+uint64_t window_read(const struct composer *c, uint64_t offset, void *buf, uint64_t n);
 
 #endif

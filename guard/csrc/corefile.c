@@ -66,13 +66,13 @@ static bool reaches(int fd, uint64_t end)
 {
 	const uint64_t page = (uint64_t)sysconf(_SC_PAGESIZE);
 	struct statfs fs;
-	struct stat st;
+	struct statx st;	/* fstat() would be bound to glibc 2.33 and later */
 	void *map;
 
 	if (end > INT64_MAX)
 		return false;
 	if (fstatfs(fd, &fs) || fs.f_type != PROC_SUPER_MAGIC)
-		return !fstat(fd, &st) && (uint64_t)st.st_size >= end;
+		return !statx(fd, "", AT_EMPTY_PATH, STATX_SIZE, &st) && st.stx_size >= end;
 	map = mmap(NULL, page, PROT_READ, MAP_PRIVATE, fd, (off_t)((end - 1) & -page));
 	if (map == MAP_FAILED)
 		return false;

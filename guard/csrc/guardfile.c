@@ -1,4 +1,5 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
+#define _GNU_SOURCE
 #include "guardfile.h"
 
 #include <assert.h>
@@ -89,14 +90,13 @@ static bool zeros(const struct guardfile *f, uint64_t from, uint64_t to)
 	return true;
 }
 
-static int check_header(const struct guardfile *f, const struct complaint *to)
+/* Of a file of `size` bytes; where it is shorter than a header, zeros follow. */
+static int check_header(const struct header *h, uint64_t size, const struct complaint *to)
 {
-	const struct header *h = header_of(f);
-
-	if (f->size < sizeof(magic) || memcmp(h->magic, magic, sizeof(magic)))
+	if (size < sizeof(magic) || memcmp(h->magic, magic, sizeof(magic)))
 		return complain(to, EBADMSG, "is no compiled guard: it does not begin with %.8s", magic);
-	if (f->size < sizeof(*h) + SUM_SIZE)
-		return complain(to, EBADMSG, "ends at byte %#llx, within its header", (unsigned long long)f->size);
+	if (size < sizeof(*h) + SUM_SIZE)
+		return complain(to, EBADMSG, "ends at byte %#llx, within its header", (unsigned long long)size);
 	if (h->order == OTHER_ORDER_MARK)
 		return complain(to, EPROTONOSUPPORT, "was written on a machine of the other byte order");
 	if (h->order != BYTE_ORDER_MARK)
@@ -104,9 +104,9 @@ static int check_header(const struct guardfile *f, const struct complaint *to)
 	if (h->version != GUARDFILE_VERSION)
 		return complain(to, EPROTONOSUPPORT, "is of version %u; version %d is understood", h->version,
 				GUARDFILE_VERSION);
-	if (h->size != f->size)
+	if (h->size != size)
 		return complain(to, EBADMSG, "has %#llx bytes where its header says %#llx",
-				(unsigned long long)f->size, (unsigned long long)h->size);
+				(unsigned long long)size, (unsigned long long)h->size);
 	if (h->page_shift < MIN_PAGE_SHIFT || h->page_shift > MAX_PAGE_SHIFT)
 		return complain(to, EBADMSG, "page shift at 0x18 is %u, not %d to %d", h->page_shift, MIN_PAGE_SHIFT,
 				MAX_PAGE_SHIFT);
@@ -115,9 +115,9 @@ static int check_header(const struct guardfile *f, const struct complaint *to)
 				GUARDFILE_MAX_RULES);
 	if (h->zero[0] || h->zero[1])
 		return complain(to, EBADMSG, "reserved bytes at 0x30 are not zero");
-	if (f->size % GUARDFILE_ALIGN != SUM_SIZE)
+	if (size % GUARDFILE_ALIGN != SUM_SIZE)
 		return complain(to, EBADMSG, "has %#llx bytes, not a multiple of %d and %d more",
-				(unsigned long long)f->size, GUARDFILE_ALIGN, SUM_SIZE);
+				(unsigned long long)size, GUARDFILE_ALIGN, SUM_SIZE);
 	return 0;
 }
 
@@ -246,15 +246,17 @@ int guardfile_check(struct guardfile *f, const void *map, uint64_t size, char *w
 {
 	const struct complaint to = { why, room };
 	uint64_t arrays = 0, end = size - SUM_SIZE, found;
+	struct header header = { .order = 0 };
 	struct sum64 sum;
 	int err;
 
 	*f = (struct guardfile){ .map = map, .size = size };
-	err = check_header(f, &to);
+	memcpy(&header, map, size < sizeof(header) ? (size_t)size : sizeof(header));
+	err = check_header(&header, size, &to);
 	if (err)
 		return err;
-	f->page_shift = header_of(f)->page_shift;
-	f->n = header_of(f)->rules;
+	f->page_shift = header.page_shift;
+	f->n = header.rules;
 	err = check_layout(f, &arrays, &to);
 	if (err)
 		return err;
@@ -271,35 +273,55 @@ int guardfile_check(struct guardfile *f, const void *map, uint64_t size, char *w
 	return 0;
 }
 
+/* The file's header as it is now: most of what is no guard file, whatever its size, is known by that alone. */
+static int look_at_header(int fd, uint64_t size, const struct complaint *to)
+{
+	struct header header = { .order = 0 };
+	ssize_t got;
+
+	do
+		got = pread(fd, &header, sizeof(header), 0);
+	while (got < 0 && errno == EINTR);
+	if (got < 0)
+		return complain(to, errno, "cannot be read: %s", strerror(errno));
+	return check_header(&header, size, to);
+}
+
 int guardfile_open(struct guardfile *f, const char *path, char *why, size_t room)
 {
 	const struct complaint to = { why, room };
 	/* whoever opens a FIFO without O_NONBLOCK waits for its writer */
 	int fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK | O_NOCTTY), err;
-	struct stat st;
+	struct statx st;	/* fstat() would be bound to glibc 2.33 and later */
 	void *map;
 
 	*f = (struct guardfile){ .map = NULL };
-	if (fd < 0 || fstat(fd, &st)) {
+	if (fd < 0 || statx(fd, "", AT_EMPTY_PATH, STATX_TYPE | STATX_SIZE, &st)) {
 		err = errno;
 		if (fd >= 0)
 			close(fd);
 		return complain(&to, err, "%s", strerror(err));
 	}
-	if (!S_ISREG(st.st_mode) || !st.st_size) {
+	if (!S_ISREG(st.stx_mode) || !st.stx_size) {
 		close(fd);
 		return complain(&to, EBADMSG, "is no compiled guard: it is %s",
-				S_ISREG(st.st_mode) ? "empty" : "no regular file");
+				S_ISREG(st.stx_mode) ? "empty" : "no regular file");
 	}
-	map = mmap(NULL, (size_t)st.st_size, PROT_READ, MAP_SHARED | MAP_POPULATE, fd, 0);
+	err = look_at_header(fd, st.stx_size, &to);
+	if (err) {
+		close(fd);
+		return err;
+	}
+	/* all of it, for all of it is checked; the header once more too */
+	map = mmap(NULL, (size_t)st.stx_size, PROT_READ, MAP_SHARED | MAP_POPULATE, fd, 0);
 	err = errno;
 	close(fd);
 	if (map == MAP_FAILED)
 		return complain(&to, err, "cannot be mapped: %s", strerror(err));
-	err = -guardfile_check(f, map, (uint64_t)st.st_size, why, room);
+	err = guardfile_check(f, map, st.stx_size, why, room);
 	if (err)
 		guardfile_close(f);
-	return -err;
+	return err;
 }
 
 void guardfile_close(struct guardfile *f)

@@ -5,7 +5,6 @@
 
 #include <errno.h>
 #include <fcntl.h>
-#include <pthread.h>
 #include <stdarg.h>
 #include <stdatomic.h>
 #include <stdio.h>
@@ -157,18 +156,6 @@ oldmem_guard_status oldmem_guard_open(oldmem_guard *guard, const char *path)
 	return OLDMEM_GUARD_OK;
 }
 
-/* The process's handler is looked at and replaced in two steps; two handles may be set up by two threads. */
-static int catch_sigbus(void)
-{
-	static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
-	int err;
-
-	pthread_mutex_lock(&lock);
-	err = physmem_catch_sigbus();
-	pthread_mutex_unlock(&lock);
-	return err;
-}
-
 oldmem_guard_status oldmem_guard_add_segment(oldmem_guard *guard, int fd, uint64_t offset, uint64_t paddr,
 					     uint64_t size, oldmem_guard_how how)
 {
@@ -194,7 +181,7 @@ oldmem_guard_status oldmem_guard_add_segment(oldmem_guard *guard, int fd, uint64
 	if ((at && paddr - guard->segments[at - 1].paddr < guard->segments[at - 1].size) ||
 	    (at < guard->n_segments && guard->segments[at].paddr - paddr < size))
 		return failed(guard, OLDMEM_GUARD_INVALID, "segment %#llx+%#llx overlaps one that is there", p, s);
-	err = how == OLDMEM_GUARD_MMAP ? -catch_sigbus() : 0;
+	err = how == OLDMEM_GUARD_MMAP ? -physmem_catch_sigbus() : 0;
 	if (err)
 		return failed(guard, OLDMEM_GUARD_SYSTEM, "cannot catch SIGBUS: %s", strerror(err));
 	own = fcntl(fd, F_DUPFD_CLOEXEC, 0);

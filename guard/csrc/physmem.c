@@ -12,57 +12,60 @@
 #include <unistd.h>
 
 #include "after.h"
+#include "sigbus.h"
 
-enum { WORTH_ASKING = 1 << 16 };	/* bytes; below that a read costs no more than the question */
+enum {
+	WORTH_ASKING = 1 << 16,	/* bytes; below that a read costs no more than the question */
+	FAULT_UNIT = 4096,	/* bytes that si_addr may be rounded down to: s390x tells no more */
+};
 
 /*
  * A mapped page that the hardware or the file system cannot deliver raises SIGBUS. A signal handler has no argument
- * to find its context by, hence the one piece of state outside the structure: where this thread wants to land.
+ * to find its context by, hence the one piece of state outside the structure: where this thread wants to land. It is
+ * looked at in the handler of threads that never were here: a model that allocates on first use would not do.
  */
-static __thread sigjmp_buf *volatile landing;
-static struct sigaction earlier;
+struct landing {
+	sigjmp_buf here;
+	uintptr_t from, end;	/* of what is copied */
+};
 
-static void on_sigbus(int sig, siginfo_t *info, void *context)
+static __thread struct landing *volatile landing __attribute__((tls_model("initial-exec")));
+
+static bool failed_to_copy(const siginfo_t *info, void *context)
 {
-	if (landing) {
-		/*
-		 * Out of a handler the jump takes its mask along: SA_NODEFER keeps SIGBUS itself out of it, but not what
-		 * ThreadSanitizer or a wrapper of sigaction(2) has added. Here, where a page has failed, it costs nothing.
-		 */
-		pthread_sigmask(SIG_SETMASK, &((const ucontext_t *)context)->uc_sigmask, NULL);
-		siglongjmp(*landing, 1);
-	}
-	if (earlier.sa_flags & SA_SIGINFO) {
-		earlier.sa_sigaction(sig, info, context);
-	} else if (earlier.sa_handler != SIG_DFL && earlier.sa_handler != SIG_IGN) {
-		earlier.sa_handler(sig);
-	} else {
-		/* not ours: back to the default action, which the returning instruction raises again */
-		signal(SIGBUS, SIG_DFL);
-	}
+	const struct landing *l = landing;
+	uintptr_t at = (uintptr_t)info->si_addr, unit = FAULT_UNIT;
+
+	if (!l || !sigbus_is_fault(info))
+		return false;
+	if (info->si_code == BUS_MCEERR_AR && info->si_addr_lsb > 0 && info->si_addr_lsb < 64)
+		unit = (uintptr_t)1 << info->si_addr_lsb;
+	/* a fault in the caller's buffer is the caller's */
+	if (at < (l->from & ~(unit - 1)) || at >= l->end)
+		return false;
+	/*
+	 * Out of a handler the jump takes its mask along: SA_NODEFER keeps SIGBUS itself out of it, but not what
+	 * ThreadSanitizer or a wrapper of sigaction(2) has added. Here, where a page has failed, it costs nothing. Linux
+	 * has a mask for each thread, and sigprocmask() sets the caller's.
+	 */
+	sigprocmask(SIG_SETMASK, &((const ucontext_t *)context)->uc_sigmask, NULL);
+	siglongjmp(landing->here, 1);
 }
 
 int physmem_catch_sigbus(void)
 {
-	struct sigaction now, action = { .sa_sigaction = on_sigbus, .sa_flags = SA_SIGINFO | SA_NODEFER };
-
-	if (sigaction(SIGBUS, NULL, &now))
-		return -errno;
-	if ((now.sa_flags & SA_SIGINFO) && now.sa_sigaction == on_sigbus)
-		return 0;
-	earlier = now;
-	return sigaction(SIGBUS, &action, NULL) ? -errno : 0;
+	return sigbus_catch(failed_to_copy);
 }
 
 static int copy_mapped(void *to, const void *from, size_t n)
 {
-	sigjmp_buf here;
+	struct landing l = { .from = (uintptr_t)from, .end = (uintptr_t)from + n };
 
-	if (sigsetjmp(here, 0)) {
+	if (sigsetjmp(l.here, 0)) {
 		landing = NULL;
 		return -EFAULT;
 	}
-	landing = &here;
+	landing = &l;
 	/* the copy must stay between the two, wherever the compiler would like to have it */
 	atomic_signal_fence(memory_order_seq_cst);
 	memcpy(to, from, n);

@@ -51,7 +51,7 @@ struct physmem {
 	struct physmem_log *log;			/* of what fails; NULL: it is only counted */
 };
 
-/* Install the SIGBUS handler (process-wide, chains to the earlier one); once, before the first read. 0 or -errno. */
+/* See to it that SIGBUS of a read is caught (sigbus.h); before the first read, any number of times. 0 or -errno. */
 int physmem_catch_sigbus(void);
 
 /* Fill buf with n bytes from paddr on; refused and unreadable pages, and what lies beyond 2^64, become zeros. */

@@ -16,10 +16,10 @@ from guard.registry import Registry, bitmap_rule, deny_rule
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent
 PROGRAMS = ("api", "dd", "fuzz", "verdicts")
-CORE = ("liboldmem_guard", "guardfile", "sum64", "bulk", "gate", "pageset", "corefile", "tally", "physmem")
+CORE = ("liboldmem_guard", "guardfile", "sum64", "bulk", "gate", "pageset", "corefile", "tally", "sigbus", "physmem")
 SOURCES = [ROOT / "guard/csrc" / f"{name}.c" for name in CORE]
 # of the library that "oldmem run" preloads, but for the functions that it puts in front of libc's
-INSIDE = [ROOT / "capture/csrc" / f"{name}.c" for name in ("compose", "window")]
+INSIDE = [ROOT / "capture/csrc" / f"{name}.c" for name in ("composer", "compose", "window", "faults", "vma")]
 WARNINGS = ("-std=gnu11", "-Wall", "-Wextra", "-Werror")
 PAGE = 4096
 
@@ -46,20 +46,23 @@ def build_shared(into: Path) -> None:
         run("gcc", "-O2", *WARNINGS, "-pthread", "-Iinclude", HERE / f"{name}.c", *libs, "-o", into / name)
 
 
+OPTIONS = (
+    *("-g", "-O1", "-fno-omit-frame-pointer", *WARNINGS, "-pthread"),
+    *("-Iinclude", "-Iguard/csrc", "-Icapture/csrc"),
+)
+
+
 def build_static(into: Path, name: str, *flags: str) -> Path:
     """One program with all sources of the library in it."""
     out = into / name
-    options = (
-        "-g",
-        "-O1",
-        "-fno-omit-frame-pointer",
-        *WARNINGS,
-        "-pthread",
-        "-Iinclude",
-        "-Iguard/csrc",
-        "-Icapture/csrc",
-    )
-    run("gcc", *options, *flags, HERE / f"{name}.c", *SOURCES, *INSIDE, "-o", out)
+    run("gcc", *OPTIONS, *flags, HERE / f"{name}.c", *SOURCES, *INSIDE, "-o", out)
+    return out
+
+
+def build_other(into: Path, *flags: str) -> Path:
+    """The library once more, for a program that has it already."""
+    out = into / "other.so"
+    run("gcc", *OPTIONS, *flags, "-shared", "-fPIC", "-fvisibility=hidden", *SOURCES, "-o", out)
     return out
 
 

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from capture.elfcore import Load, build
-from capture.run import Plan
+from capture.plan import Plan
 from capture.vmcore import Vmcore
 from guard.physmem import PREAD, OldMemory, Segment
 from tests.c import PAGE, example
@@ -31,7 +31,7 @@ def planned(folder: Path, image: Path) -> Iterator[tuple[str, Path]]:
     expected.write_bytes(vmcore.read(0, vmcore.size))
     machine = SimpleNamespace(to_map=lambda segments: segments, core=None)
     dump: Any = SimpleNamespace(machine=machine, registry=registry, memory=memory, core=core, vmcore=vmcore)
-    plan = Plan(dump, "/proc/vmcore")
+    plan = Plan(dump, fd, "/proc/vmcore")  # no server here: the image stands for what it would serve
     try:
         yield f"/proc/{os.getpid()}/fd/{plan.fd}", expected
     finally:

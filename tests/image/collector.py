@@ -69,15 +69,28 @@ class Collector:
             assert map[:] == os.pread(self.saved, n, offset), (offset, n)
 
     def refusals(self) -> None:
-        """What cannot be, cannot be; and as /proc/vmcore says it."""
-        assert error_of(os.open, self.path, os.O_RDWR) == errno.EACCES
-        assert error_of(os.write, self.fd, b"x") == errno.EPERM
+        """What cannot be, cannot be."""
+        assert error_of(os.open, self.path, os.O_RDWR) == errno.EROFS
+        assert error_of(os.open, self.path, os.O_WRONLY | os.O_TRUNC) == errno.EROFS
+        assert error_of(os.write, self.fd, b"x") == errno.EBADF
         assert error_of(os.pread, self.fd, 1, -1) == errno.EINVAL
-        for prot in (mmap.PROT_READ | mmap.PROT_WRITE, mmap.PROT_READ | mmap.PROT_EXEC):
-            assert error_of(lambda p: mmap.mmap(self.fd, PAGE, mmap.MAP_PRIVATE, p), prot) == errno.EPERM
+        for flags, prot in ((mmap.MAP_SHARED, mmap.PROT_WRITE), (mmap.MAP_PRIVATE, mmap.PROT_EXEC)):
+            denied = error_of(lambda f, p: mmap.mmap(self.fd, PAGE, f, mmap.PROT_READ | p), flags, prot)
+            assert denied in (errno.EACCES, errno.EPERM)
+
+    def copied(self) -> None:
+        """By the kernel, which knows nothing of the library."""
+        offset, n = self.place()
         copied = os.memfd_create("copy")
-        assert error_of(os.copy_file_range, self.fd, copied, PAGE) == errno.EINVAL
-        assert error_of(os.sendfile, copied, self.fd, 0, PAGE) == errno.EINVAL
+        done = os.sendfile(copied, self.fd, offset, n)
+        assert os.pread(copied, n, 0) == os.pread(self.saved, done, offset), (offset, n)
+        os.close(copied)
+
+    def reopened(self) -> None:
+        again = os.open(f"/proc/self/fd/{self.fd}", os.O_RDONLY)
+        offset, n = self.place()
+        assert os.pread(again, n, offset) == os.pread(self.saved, n, offset), (offset, n)
+        os.close(again)
 
     def metadata(self) -> None:
         told = {os.stat(self.path), os.lstat(self.path), os.fstat(self.fd)}
@@ -96,7 +109,7 @@ class Collector:
         self.metadata()
         self.refusals()
         for _ in range(rounds):
-            self.random.choice((self.pread, self.preadv, self.read, self.map))()
+            self.random.choice((self.pread, self.preadv, self.read, self.map, self.copied, self.reopened))()
 
 
 def main() -> None:

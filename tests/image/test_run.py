@@ -17,6 +17,8 @@ from capture.run import LIBRARY, PLAN_VARIABLE
 from tests.image.conftest import Recorded
 from tests.image.machines import DEVICE, RecordedKernel, oldmem, phdrs_of, plugged_spans
 
+pytestmark = pytest.mark.skipif(os.geteuid() != 0 or not os.path.exists("/dev/fuse"), reason="needs root and /dev/fuse")
+
 COLLECTOR = Path(__file__).with_name("collector.py")
 MIB = 1 << 20
 
@@ -69,10 +71,6 @@ def test_common_programs_copy_all_of_it(small_machine: Recorded, saved_small: Pa
     options = ("--layout", "kernel", "--vmcore", vmcore)
     done = run(small_machine.folder, "bash", "-o", "pipefail", "-c", command, options=options)
     saved = subprocess.run(["sha256sum", saved_small], capture_output=True, text=True, timeout=60, check=True).stdout
-    if line.startswith("sha256sum <"):  # standard input is libc's own business: it is refused, never zeros
-        assert done.returncode == 1
-        assert "Bad file descriptor" in done.stderr
-        return
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.split()[0] == saved.split()[0]
 
@@ -119,19 +117,6 @@ def test_signal_that_ends_the_command_is_passed_on(small_machine: Recorded) -> N
         process.send_signal(signal.SIGTERM)
         assert process.communicate(timeout=30)[0] == "heard\n"
         assert process.returncode == 5
-
-
-def test_statically_linked_program_is_told_from_one_that_read_nothing(small_machine: Recorded, tmp_path: Path) -> None:
-    source, program = tmp_path / "static.c", tmp_path / "static"
-    source.write_text("int main(void) { return 0; }\n")
-    subprocess.run(["gcc", "-static", "-o", program, source], check=True, timeout=60)
-    done = run(small_machine.folder, program)
-    assert done.returncode == 1
-    assert (
-        done.stderr
-        == f"oldmem: {program} is statically linked, and has seen no vmcore (status 0); use oldmem mount or init\n"
-    )
-    assert run(small_machine.folder, "true").returncode == 0
 
 
 def test_environment_keeps_what_was_preloaded_already(small_machine: Recorded) -> None:
@@ -201,6 +186,36 @@ def test_image_cut_while_it_is_mapped_costs_what_was_cut_and_is_told(tmp_path: P
     assert len(different) * 4096 <= MIB
 
 
+def test_every_page_that_is_lost_is_told_in_whatever_order_pages_fail(small_machine: Recorded, tmp_path: Path) -> None:
+    folder = tmp_path / "machine"
+    subprocess.run(["cp", "-r", "--sparse=always", small_machine.folder, folder], check=True, timeout=60)
+    with open(folder / "vm0.raw", "rb") as file:
+        assert os.fstat(file.fileno()).st_size >= 32 * 2 * MIB
+    script = (
+        "import mmap, os, random, sys\n"
+        "offset, size, image = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]\n"
+        "fd = os.open('/proc/vmcore', os.O_RDONLY)\n"
+        "whole = mmap.mmap(fd, size, mmap.MAP_PRIVATE, mmap.PROT_READ, offset=offset)\n"
+        "os.truncate(image, 0)\n"
+        "pages = [at for at in range(0, size, 4096) if at // 4096 % 5]\n"
+        "random.shuffle(pages)\n"
+        "assert not any(whole[at] for at in pages)\n"
+    )
+    report = tmp_path / "report.json"
+    with open(tmp_path / "header", "wb") as file:
+        assert oldmem("header", "--layout", "kernel", "--machine", folder, "-o", file.name).status == 0
+    (device,) = [p for p in phdrs_of((tmp_path / "header").read_bytes()) if p.paddr == DEVICE[0]]
+    size = 16 * 2 * MIB  # the first 16 blocks are plugged
+    where = (str(device.offset), str(size), folder / "vm0.raw")
+    options = ("--layout", "kernel", "--report", report)
+    done = run(folder, sys.executable, "-c", script, *where, options=options)
+    assert done.returncode == 4, done.stderr
+    told = json.loads(report.read_text())
+    listed = sum(r["end"] - r["start"] for r in told["unreadable"]) // 4096
+    assert listed + told["unlisted_faults"] == sum(1 for at in range(0, size, 4096) if at // 4096 % 5)
+    assert all(r["end"] - r["start"] <= 4 * 4096 for r in told["unreadable"])
+
+
 def test_memory_in_too_many_pieces_to_map_at_once_is_read(image_machine: Recorded, tmp_path: Path) -> None:
     denied = tmp_path / "denied"
     pages = [page for a, b in plugged_spans() for page in range(a, b, 2 * 4096)]
@@ -215,12 +230,9 @@ def test_memory_in_too_many_pieces_to_map_at_once_is_read(image_machine: Recorde
         "import errno, mmap, os, sys\n"
         "ours, theirs = (os.open(p, os.O_RDONLY) for p in sys.argv[1:3])\n"
         "start, size = map(int, sys.argv[3:])\n"
-        "try:\n"
-        "    mmap.mmap(ours, size, mmap.MAP_PRIVATE, mmap.PROT_READ, offset=start)\n"
-        "except OSError as e:\n"
-        "    assert e.errno == errno.ENOMEM, e\n"
-        "else:\n"
-        "    sys.exit('mapped')\n"
+        "with mmap.mmap(ours, size, mmap.MAP_PRIVATE, mmap.PROT_READ, offset=start) as whole:\n"
+        "    for at in range(0, size, 1 << 20):\n"
+        "        assert whole[at : at + 4096] == os.pread(theirs, 4096, start + at), at\n"
         "for at in range(start, start + size, 1 << 20):\n"
         "    assert os.pread(ours, 1 << 20, at) == os.pread(theirs, 1 << 20, at), at\n"
         "    with mmap.mmap(ours, 1 << 20, mmap.MAP_PRIVATE, mmap.PROT_READ, offset=at) as m:\n"
@@ -232,25 +244,23 @@ def test_memory_in_too_many_pieces_to_map_at_once_is_read(image_machine: Recorde
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_collector_whose_oldmem_was_killed_fails_and_gets_no_zeros(small_machine: Recorded, saved_small: Path) -> None:
+def test_collector_whose_oldmem_was_killed_reads_on(small_machine: Recorded, saved_small: Path) -> None:
     script = (
         "import os, signal, sys, time\n"
-        "early = os.open('/proc/vmcore', os.O_RDONLY)\n"
-        "head = os.pread(early, 64, 0)\n"
-        "os.kill(os.getppid(), signal.SIGKILL)\n"
-        "time.sleep(1)\n"
-        "assert os.pread(early, 64, 0) == head\n"  # what is mapped stays
-        "for late in (lambda: os.pread(early, 64, os.fstat(early).st_size - 64), lambda: os.open('/proc/vmcore', 0)):\n"
-        "    try:\n"
-        "        print(late())\n"
-        "    except OSError as e:\n"
-        "        print('late:', e.strerror, flush=True)\n"
-        "os.execvp('cat', ['cat', '/proc/vmcore'])\n"
+        "ours, theirs = (os.open(p, os.O_RDONLY) for p in sys.argv[1:])\n"
+        "os.pread(ours, 64, 0)\n"
+        "oldmem = os.getppid()\n"
+        "os.kill(oldmem, signal.SIGKILL)\n"
+        "while os.getppid() == oldmem:\n"
+        "    time.sleep(0.01)\n"
+        "for at in range(0, os.fstat(theirs).st_size, 1 << 20):\n"
+        "    assert os.pread(ours, 1 << 20, at) == os.pread(theirs, 1 << 20, at), at\n"
+        "print('same', flush=True)\n"
     )
-    done = run(small_machine.folder, sys.executable, "-c", script, options=("--layout", "kernel"))
+    options = ("--layout", "kernel")
+    done = run(small_machine.folder, sys.executable, "-c", script, "/proc/vmcore", saved_small, options=options)
     assert done.returncode == -signal.SIGKILL
-    assert done.stdout == "late: Input/output error\nlate: No such file or directory\n"
-    assert "oldmem run: /proc/" in done.stderr
+    assert (done.stdout, done.stderr) == ("same\n", "")
 
 
 def test_collector_that_closes_what_it_never_opened_gets_no_other_files_bytes(
@@ -275,13 +285,10 @@ def test_collector_that_closes_what_it_never_opened_gets_no_other_files_bytes(
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_collector_without_room_for_more_mappings_gets_an_error_and_no_zeros(
-    small_machine: Recorded, saved_small: Path
-) -> None:
+def test_collector_without_room_for_more_mappings_gets_the_bytes(small_machine: Recorded, saved_small: Path) -> None:
     script = (
-        "import errno, mmap, os, sys\n"
+        "import mmap, os, sys\n"
         "ours, theirs = (os.open(p, os.O_RDONLY) for p in sys.argv[1:])\n"
-        "assert os.pread(ours, 64, 0) == os.pread(theirs, 64, 0)\n"
         "size, held = os.fstat(theirs).st_size, [None] * 70000\n"
         "a, b = bytearray(1 << 20), bytearray(1 << 20)\n"
         "def compare():\n"
@@ -297,24 +304,19 @@ def test_collector_without_room_for_more_mappings_gets_an_error_and_no_zeros(
         "assert i < 69999\n"
         "for room in (0, 1, 2, 4, 100):\n"
         "    held[i - room : i] = [None] * room\n"
-        "    try:\n"
-        "        compare()\n"
-        "        print('same')\n"
-        "    except OSError as e:\n"
-        "        print(errno.errorcode[e.errno])\n"
+        "    compare()\n"
     )
     options = ("--layout", "kernel")
     done = run(small_machine.folder, sys.executable, "-c", script, "/proc/vmcore", saved_small, options=options)
     assert (done.returncode, done.stderr) == (0, "")
-    told = done.stdout.split()
-    assert set(told) <= {"same", "ENOMEM"}
-    assert told[-1] == "same"
 
 
-def test_vmcore_whose_memory_lies_across_pages_of_the_file_is_refused_in_one_line(small_machine: Recorded) -> None:
+def test_vmcore_whose_memory_lies_across_pages_of_the_file_is_read_all_the_same(
+    small_machine: Recorded, saved_small: Path
+) -> None:
     script = (
         "import sys\n"
-        "from capture import cli, elfcore, run\n"
+        "from capture import cli, elfcore\n"
         "from capture.elfcore import Extent\n"
         "build = elfcore.build\n"
         "def shifted(*a, **k):\n"
@@ -323,34 +325,38 @@ def test_vmcore_whose_memory_lies_across_pages_of_the_file_is_refused_in_one_lin
         "elfcore.build = shifted\n"
         "sys.exit(cli.run(sys.argv[1:]))\n"
     )
-    line: list[str | Path] = [sys.executable, "-c", script, "run", "--machine", small_machine.folder, "--", "true"]
-    done = subprocess.run(line, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 1
-    assert "is not at whole pages of the vmcore" in done.stderr
-    assert "Traceback" not in done.stderr
+    compare = (
+        "import mmap, os\n"
+        "ours = os.open('/proc/vmcore', os.O_RDONLY)\n"
+        "n = os.fstat(ours).st_size\n"
+        "with mmap.mmap(ours, n, mmap.MAP_PRIVATE, mmap.PROT_READ) as whole:\n"
+        "    assert whole[:] == os.pread(ours, n, 0) and any(whole[1 << 20:])\n"
+    )
+    line: list[str | Path] = [sys.executable, "-c", script, "run", "--machine", small_machine.folder, "--"]
+    done = subprocess.run([*line, sys.executable, "-c", compare], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_image_that_does_not_hold_memory_at_whole_pages_is_refused_in_one_line(tmp_path: Path) -> None:
+def test_image_that_does_not_hold_memory_at_whole_pages_is_read_all_the_same(tmp_path: Path) -> None:
     machine = RecordedKernel()
     machine.shrink()
     machine.finish_kernel()
     machine.document["virtio_mem"][0]["offset"] = 512
-    folder = machine.write(tmp_path)
+    folder = machine.write(made(tmp_path / "machine"))
     with open(folder / "vm0.raw", "ab") as file:
         file.write(bytes(512))
-    done = run(folder, "true", options=("-q",))
-    assert done.returncode == 1
-    assert done.stderr == (
-        f"oldmem: {folder / 'vm0.raw'}: memory at {DEVICE[0]:#x} is at offset 0x200, not at a whole page: it cannot be "
-        "mapped; use oldmem mount or save\n"
-    )
+    saved, copy = tmp_path / "saved", tmp_path / "copy"
+    assert oldmem("save", "--machine", folder, "-o", saved).status == 0
+    done = run(folder, "dd", "if=/proc/vmcore", f"of={copy}", "bs=1M", "status=none")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert filecmp.cmp(saved, copy, shallow=False)
 
 
-def test_library_and_plan_of_different_builds_do_not_go_together(small_machine: Recorded, tmp_path: Path) -> None:
+def test_plan_of_another_build_is_told_and_leaves_programs_to_themselves(tmp_path: Path) -> None:
     other = tmp_path / "plan"
     other.write_bytes(bytes(1 << 16))
-    for path, why in ((other, "not what this library was built for"), (tmp_path / "none", "No such file or directory")):
+    for path, said in ((other, f"oldmem run: {other}: not what this library was built for\n"), (tmp_path / "none", "")):
         environment = os.environ | {"LD_PRELOAD": LIBRARY, PLAN_VARIABLE: str(path)}
         done = subprocess.run(["cat", "/etc/hostname"], env=environment, capture_output=True, text=True, timeout=30)
-        assert (done.returncode, done.stdout) == (1, "")
-        assert done.stderr == f"oldmem run: {path}: {why}\n"
+        assert (done.returncode, done.stdout) == (0, Path("/etc/hostname").read_text())
+        assert done.stderr == said

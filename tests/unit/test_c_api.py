@@ -7,7 +7,9 @@ from __future__ import annotations
 import random
 import re
 import shutil
+import signal
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -17,7 +19,7 @@ from hypothesis import given, settings
 from guard.compiled import compile_guard
 from guard.ranges import Range
 from guard.registry import Registry, bitmap_rule
-from tests.c import ROOT, build_shared, build_static, example, missing, run, write_damages, write_files
+from tests.c import ROOT, build_other, build_shared, build_static, example, missing, run, write_damages, write_files
 from tests.c.plans import planned
 from tests.unit.guard_files import PAGE, damages, registries, shown
 
@@ -25,6 +27,39 @@ REASON = missing()
 pytestmark = pytest.mark.skipif(REASON is not None, reason=REASON or "")
 
 HEADER = ROOT / "include/oldmem_guard.h"
+
+# Three times one more mapping of both, of pages that the image does not have; then one of nobody's.
+BOTH = """
+import mmap, os, sys
+from pathlib import Path
+from guard.physmem import MMAP, OldMemory, Segment
+from guard.registry import Registry
+from tests.unit.guard_library import Library
+
+folder, guard, image, first = sys.argv[1:]
+PAGE = 4096
+fd = os.open(image, os.O_RDONLY)
+memories = []
+handle = Library(Path(folder)).open(guard)
+
+def python(at):
+    memories.append(OldMemory([Segment(at, PAGE, fd, 60 * PAGE, MMAP, "image")], Registry()))
+
+def library(at):
+    handle.add_segment(fd, 60 * PAGE, at, PAGE, 1)
+
+for turn in range(3):
+    for add in (python, library) if first == "python" else (library, python):
+        add((60 + turn) * PAGE)
+    for m in memories:
+        assert m.read(60 * PAGE, 3 * PAGE) == handle.read(60 * PAGE, 3 * PAGE) == bytes(3 * PAGE)
+    print([f.errno for m in memories for f in m.faults() if f.errno != 6], handle.counters()[3], flush=True)
+with open("/proc/self/fd/%d" % os.memfd_create("x"), "r+b") as file:
+    file.truncate(PAGE)
+    mapped = mmap.mmap(file.fileno(), PAGE)
+    file.truncate(0)
+mapped[0]
+"""
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +125,19 @@ def test_installed_library_is_found_by_its_pkg_config_file(built: Path, tmp_path
 
 def test_every_function_with_right_and_wrong_arguments_and_many_threads(built: Path, tmp_path: Path) -> None:
     assert run(built / "api", *write_files(tmp_path)).stdout == b"all as it should be\n"
+
+
+def test_each_copy_of_the_library_gets_its_own_faults_and_the_program_all_others(tmp_path: Path) -> None:
+    guard, _, _ = write_files(tmp_path)
+    program, other = build_static(tmp_path, "sigbus"), build_other(tmp_path)
+    assert run(program, guard, other, "41").stdout == b"all as it should be\n"
+
+
+@pytest.mark.parametrize("first", ["python", "library"])
+def test_guards_for_python_and_for_c_catch_their_faults_in_one_process(built: Path, tmp_path: Path, first: str) -> None:
+    guard, image, _ = write_files(tmp_path)
+    done = run(sys.executable, "-c", BOTH, built, guard, image, first, status=-signal.SIGBUS)
+    assert done.stdout.decode().splitlines() == ["[14] 3", "[14, 14] 9", "[14, 14, 14] 18"]
 
 
 @pytest.mark.parametrize(("paddr", "size"), [(0, 60 * PAGE), (0, 70 * PAGE), (3 * PAGE + 100, 40 * PAGE + 7), (5, 0)])
@@ -180,4 +228,4 @@ def test_windows_of_a_collector_have_the_vmcores_bytes_in_every_thread(tmp_path:
     _, image, _ = write_files(tmp_path)
     program = build_static(tmp_path, "windows", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
     with planned(tmp_path, image) as (plan, expected):
-        run(program, plan, expected)
+        run(program, plan, expected, image)

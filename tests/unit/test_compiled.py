@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import struct
+import subprocess
 import sys
 from array import array
 from pathlib import Path
@@ -204,6 +205,51 @@ def test_wrong_checksum_is_told(tmp_path: Path) -> None:
     assert "is damaged: its checksum is 0x" in wrong(flipped, tmp_path)
 
 
+# Opens the file, which is no guard, and prints how many of its bytes are in the page cache then, and its own peak size.
+OPEN_AND_LOOK = """
+import ctypes, mmap, os, sys
+from guard.compiled import open_guard
+from guard.errors import SourceError
+try:
+    open_guard(sys.argv[1])
+except SourceError as e:
+    print(e)
+libc = ctypes.CDLL(None, use_errno=True)
+with open(sys.argv[1], "r+b") as file:
+    size = os.fstat(file.fileno()).st_size
+    seen = mmap.mmap(file.fileno(), size)
+    pages = (ctypes.c_ubyte * (size // mmap.PAGESIZE))()
+    at = ctypes.addressof(ctypes.c_char.from_buffer(seen))
+    assert libc.mincore(ctypes.c_void_p(at), ctypes.c_size_t(size), pages) == 0, os.strerror(ctypes.get_errno())
+print(sum(p & 1 for p in pages) * mmap.PAGESIZE)
+with open("/proc/self/status") as file:  # of this program alone, which getrusage() is not
+    print(int(file.read().split("VmHWM:")[1].split()[0]) << 10)
+"""
+
+
+@pytest.mark.parametrize(
+    ("start", "line"),
+    [
+        (b"", "is no compiled guard: it does not begin with OLDMEMGD"),
+        (compile_guard(Registry()), "has 0x40000000 bytes where its header says 0x48"),
+    ],
+    ids=["zeros", "a guard's header"],
+)
+def test_large_file_that_is_no_guard_is_not_read_into_memory_to_find_out(
+    start: bytes, line: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "guard"
+    path.write_bytes(start)
+    os.truncate(path, 1 << 30)
+    command = [sys.executable, "-c", OPEN_AND_LOOK, str(path)]
+    told, cached, peak = subprocess.run(
+        command, capture_output=True, text=True, timeout=120, check=True
+    ).stdout.splitlines()
+    assert told == f"{path}: {line}"
+    assert int(cached) <= 32 << 20  # what the system reads ahead
+    assert int(peak) <= 200 << 20
+
+
 def test_two_rules_of_one_name_are_told(tmp_path: Path) -> None:
     data = compile_guard(example("device "))
     assert "a rule named 'device' is registered already" in wrong(
@@ -307,4 +353,4 @@ def test_command_writes_the_rules_of_a_machine(
 
 def test_command_that_cannot_write_is_status_1_and_one_line(machine: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run(["guard", "-q", "--machine", str(machine), "-o", str(machine)]) == cli.FAILED
-    assert capsys.readouterr().err == f"oldmem: {machine}: is no regular file, and will not be replaced by one\n"
+    assert capsys.readouterr().err == f"oldmem: {machine}: Is a directory\n"

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from capture.elfcore import Load, build
-from capture.run import Plan
+from capture.plan import Plan
 from capture.vmcore import Vmcore
 from guard import procvmcore
 from guard._core import ffi, lib
