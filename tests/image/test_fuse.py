@@ -417,6 +417,54 @@ def test_sigterm_to_both_unmounts_and_ends_them_even_while_a_reader_keeps_the_se
             reader.wait(timeout=20)
 
 
+LAST_MIB = """
+with open(sys.argv[1], "rb", buffering=0) as a, open(sys.argv[2], "rb") as b:
+    for file in (a, b):
+        file.seek(-(1 << 20), os.SEEK_END)
+    print(a.read() == b.read())
+"""
+
+
+def test_request_that_a_killed_server_was_at_is_answered_by_its_standby(
+    folder: Path, mounts: Mounts, tmp_path: Path
+) -> None:
+    """The memory of this machine lies in a vmcore that another server serves: while that one is stopped, no request is
+    answered there."""
+    machine, target, reference = tmp_path / "machine", tmp_path / "upper", tmp_path / "saved"
+    (machine / "root/proc").mkdir(parents=True)
+    (machine / "root/proc/iomem").write_text("00001000-0009fbff : System RAM\n01000000-017fffff : System RAM\n")
+    ram = {"image": str(folder / "vmcore.direct"), "offset": 1 << 20, "paddr": 0, "size": 32 << 20}
+    (machine / "machine.json").write_text(json.dumps({"format": 1, "arch": "x86_64", "ram": [ram], "virtio_mem": []}))
+    target.mkdir()
+    mounts.targets.append(target)
+    assert oldmem("save", "-q", "--machine", machine, "-o", reference).status in (0, 4)
+    assert oldmem("mount", "-q", "--machine", machine, target).status in (0, 4)
+    server, standby = server_and_standby(target)
+    lower = server_and_standby(folder)
+
+    def doing() -> str:
+        return Path(f"/proc/{server}/syscall").read_text().split()[0]
+
+    idle = doing()
+    for pid in lower:
+        os.kill(pid, signal.SIGSTOP)
+    command = [sys.executable, "-c", "import os, sys\n" + LAST_MIB, str(target / "vmcore.direct"), str(reference)]
+    reader = subprocess.Popen(command, stdout=subprocess.PIPE)
+    try:
+        wait_until("request in flight", lambda: doing() not in (idle, "running"), 30.0)
+        os.kill(server, signal.SIGKILL)
+        wait_until("dead", lambda: server not in processes_of(target))
+    finally:
+        for pid in lower:
+            os.kill(pid, signal.SIGCONT)
+    try:
+        assert reader.communicate(timeout=30)[0] == b"True\n"
+    finally:
+        reader.kill()
+        reader.wait()
+    assert server_and_standby(target)[0] == standby
+
+
 SERVE = """
 import signal
 from capture.dump import build
