@@ -86,8 +86,8 @@ def test_collector_whose_oldmem_is_killed_gets_its_bytes_or_an_error(
     reader = f"({hold}; {rest}; echo >/tmp/done) >/dev/null 2>&1"
     g.sh(f"(oldmem run -q -- dd-dynamic if=/proc/vmcore bs=1M 2>/tmp/said; true) | {reader} & true")
     g.sh("until [ -s /tmp/first ]; do sleep 1; done")
-    victims = "$(ps -o pid,args | grep 'oldmem run' | grep -v grep | sort -n | awk '{print $1}'"
-    g.sh(f"kill -9 {victims}{' | head -1' if killed == 'oldmem run' else ''}); touch /tmp/go")
+    first = "$(pidof oldmem | tr ' ' '\\n' | sort -n | head -n 1)"  # its servers came later
+    g.sh(f"kill -9 {first if killed == 'oldmem run' else '$(pidof oldmem)'}; touch /tmp/go")
     g.sh("until [ -s /tmp/done ]; do sleep 1; done", timeout=300)
     said = g.sh("cat /tmp/said")
     size = next(int(line.split()[0]) for line in said.splitlines() if " bytes " in line)
