@@ -77,7 +77,8 @@ install-lib: lib
 	sed 's,@PREFIX@,$(PREFIX),; s,@LIBDIR@,$(LIBDIR),; s,@VERSION@,$(VERSION),' oldmem-guard.pc.in \
 		>$(DESTDIR)$(LIBDIR)/pkgconfig/oldmem-guard.pc
 
-# The C core and its tests once more with ASan and UBSan, with TSan, and under valgrind where there is one
+# The C core and its tests once more with ASan and UBSan, with TSan, and under valgrind
+sanitize: NEEDED += valgrind=valgrind
 sanitize: venv
 	$(IN_VENV) -m tests.c
 

@@ -22,11 +22,14 @@ SOURCES = [ROOT / "guard/csrc" / f"{name}.c" for name in CORE]
 INSIDE = [ROOT / "capture/csrc" / f"{name}.c" for name in ("composer", "compose", "window", "faults", "vma")]
 WARNINGS = ("-std=gnu11", "-Wall", "-Wextra", "-Werror")
 PAGE = 4096
+TIMEOUT = 1500.0  # seconds, of one run with sanitizers on a machine that is busy with other things
+FATAL = "-fno-sanitize-recover=all"
+ASAN_FLAGS = ("-fsanitize=address,undefined", FATAL)
 
 
-def missing() -> str | None:
-    """Why nothing can be built here, None where it can."""
-    absent = [tool for tool in ("gcc", "make") if not shutil.which(tool)]
+def missing(*tools: str) -> str | None:
+    """Why nothing can be built here, and run with *tools*; None where it can."""
+    absent = [tool for tool in ("gcc", "make", *tools) if not shutil.which(tool)]
     return f"no {absent[0]}" if absent else None
 
 
@@ -52,10 +55,17 @@ OPTIONS = (
 )
 
 
-def build_static(into: Path, name: str, *flags: str) -> Path:
-    """One program with all sources of the library in it."""
+def build_all(into: Path, *flags: str) -> Path:
+    """All sources of the library and the inside of "oldmem run" in one object, for many programs."""
+    out = into / "all.o"
+    run("gcc", *OPTIONS, *flags, "-r", *SOURCES, *INSIDE, "-o", out, timeout=600)
+    return out
+
+
+def build_static(into: Path, name: str, *flags: str, built: Path | None = None) -> Path:
+    """One program with all sources of the library in it, which may have been *built* already with the same flags."""
     out = into / name
-    run("gcc", *OPTIONS, *flags, HERE / f"{name}.c", *SOURCES, *INSIDE, "-o", out)
+    run("gcc", *OPTIONS, *flags, HERE / f"{name}.c", built or build_all(into, *flags), "-o", out, timeout=600)
     return out
 
 
