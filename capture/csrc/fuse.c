@@ -207,20 +207,22 @@ static int await_request(const struct fuse_server *s)
 {
 	struct pollfd wanted[1 + FUSE_WATCHED] = { { .fd = s->fd, .events = POLLIN } };
 	int left = until_deadline(s), ready;
+	nfds_t n = 1;
 
 	if (!left)
 		return FUSE_SERVE_WOKEN;
 	for (int i = 0; i < FUSE_WATCHED; i++)
-		wanted[1 + i] = (struct pollfd){ .fd = s->watch[i], .events = POLLIN };
-	ready = physmem_at_rest(s->view->mem) ? 0 : poll(wanted, 1 + FUSE_WATCHED, LINGER);
+		if (s->watch[i] >= 0)
+			wanted[n++] = (struct pollfd){ .fd = s->watch[i], .events = POLLIN };
+	ready = physmem_at_rest(s->view->mem) ? 0 : poll(wanted, n, LINGER);
 	if (!ready) {
 		physmem_rest(s->view->mem);
-		ready = poll(wanted, 1 + FUSE_WATCHED, left);
+		ready = poll(wanted, n, left);
 	}
 	if (ready < 0)
 		return -errno;
-	for (int i = 0; i < FUSE_WATCHED; i++)
-		if (wanted[1 + i].revents)
+	while (--n)
+		if (wanted[n].revents)
 			return FUSE_SERVE_WOKEN;
 	return ready ? 0 : FUSE_SERVE_WOKEN;
 }

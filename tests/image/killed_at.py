@@ -27,7 +27,7 @@ WAITING, KILLED, OVER = range(3)
 ROLES = {("", 1): "command", ("command", 1): "server", ("server", 1): "standby", ("command", 2): "probe"}
 
 FILES = {module.__file__ for module in (fuse, init, mounts, service)}
-DULL = {"mounts_on", "_unescaped", "resolved"}  # loops that change nothing
+DULL = {"mounts_on", "_listed", "_unescaped", "resolved"}  # loops that change nothing
 
 fork = os.fork
 
