@@ -20,7 +20,7 @@ from guard.ranges import Range, RangeSet
 from guard.registry import deny_rule
 from guard.rules import hwpoison, machine_check, page_offline, sections
 from guard.witness import e820
-from guard.witness.dead_kernel import DeadKernel
+from guard.witness.dead_kernel import DeadKernel, KernelText
 from guard.witness.proof import place_of
 from guard.witness.sections import Sections, contradictions
 from guard.witness.vmcoreinfo import Vmcoreinfo
@@ -130,7 +130,16 @@ class X86_64(Arch):
     def _hear_witness(self, dump: Dump, dead: DeadKernel) -> None:
         reserved = [(r.name, r.start, r.end) for r in dead.reservations()]
         own = self.own() if self.machine.reports["iomem"].available else None
+        if not reserved and dead.symbols() and own and own - envelope.FIRST_MIB:
+            dump.problems.note("the dead kernel tells of no crash reservation; only what this kernel owns is left out")
         self.reserved = memory_map.plausible_reservations(reserved, own, dump.problems)
+        listed = dump.preloaded_ranges() if self.machine.core_header and dump.mode != PRELOADED else RangeSet()
+        if wrong := self.reserved & listed:
+            dump.problems.note(
+                f"{wrong} would have been set aside for this kernel, but the header that it was given lists it as old "
+                "memory; it is read"
+            )
+            self.reserved -= wrong
         memory_map.install_reservations(dump.registry, self.reserved - dump.backed_up())
         dead = self._reach_tree(dump, dead)
         self._locate_devices(dump, dead)
@@ -210,12 +219,13 @@ class X86_64(Arch):
         marks = None
         if known:
             rules.append(sections.rule(known, dump.registry.page_size))
-            sections.without_section(known, self.system_ram, dump.problems)
+            torn = sections.without_section(known, self.system_ram, dump.problems)
+            offline = known.offline & (self.system_ram or dump.envelope.boot)
             if known.doubtful(dump.envelope.all):
-                offline = known.offline & (self.system_ram or dump.envelope.boot)
-                self.doubts.append(
-                    (offline, "most of memory would have been offline, which damage is more likely to say")
-                )
+                why = "most of memory would have been offline, which damage is more likely to say"
+                self.doubts.append((offline, why))
+            elif torn or known.flaw:
+                self.doubts.append((offline, "it would have been offline, by sections that cannot be right elsewhere"))
             marks = dead.marks(dump.envelope.all - self.own())
         if marks:
             rules += [hwpoison.rule(marks), page_offline.rule(marks)]
@@ -270,7 +280,7 @@ class X86_64(Arch):
             page_offset = self.dead.page_offset()
             found = notes.completed(found, self.dead.cpu_notes(), self.listed, self.machine.remarks)
             if image := self.dead.text():
-                text = Load(image.paddr, image.vaddr, image.size)
+                text = self._text(dump, image)
         else:
             no_cpus = "" if any(note.is_cpu for note in found) else "no CPU notes, "
             dump.problems.note(
@@ -279,6 +289,21 @@ class X86_64(Arch):
         found = notes.with_vmcoreinfo(found, self._served_info(dump, self.info) if self.info else None)
         self.notes = ()  # they can be large, and the header has them now
         return Shape(EM_X86_64, "<", text, page_offset, notes.joined(found), 0, DEFAULT_NOTE_ALIGN)
+
+    def _text(self, dump: Dump, image: KernelText) -> Load | None:
+        """The kernel image, as far as one run of the dead kernel's RAM has it: where it ends is old memory's word."""
+        ram = ((self.system_ram or dump.envelope.boot) & dump.envelope.all) - self.reserved - self.machine.own
+        said = Range(image.paddr, image.paddr + image.size)
+        run = ram.find(image.paddr)
+        if run is None:
+            dump.problems.note(f"the kernel image would lie at {said}, which was no RAM: no kernel text PT_LOAD")
+            return None
+        size = min(image.size, run.end - image.paddr)
+        if size < image.size:
+            dump.problems.note(
+                f"the kernel image would lie at {said}, beyond RAM that ends at {run.end:#x}: its PT_LOAD ends there"
+            )
+        return Load(image.paddr, image.vaddr, size)
 
     def _served_info(self, dump: Dump, info: Vmcoreinfo) -> Vmcoreinfo:
         """*info*, with lines for older collectors where the header is ours; tells what no line can help."""
@@ -295,11 +320,25 @@ class X86_64(Arch):
 
     def kernel_ranges(self, dump: Dump) -> list[Range] | None:
         """The PT_LOAD ranges that kexec_file_load(2) writes: each System RAM resource by itself, in the tree's order,
-        less low memory and the crash reservations."""
+        less low memory and the crash reservations. What a damaged tree has outside of the envelope is left out; where
+        it lacks what may be read, it is no layout for this vmcore."""
         if not (self.dead and self.system_ram):
             dump.problems.note("layout kernel needs the dead kernel's resource tree; laid out by the memory map")
             return None
+        tree = RangeSet((r.start, r.end) for r in self.dead.system_ram())
+        covered = tree.outer_pages(dump.registry.page_size)
+        lacking = next((run for run in dump.readable_runs() if not covered.covers(*run)), None)
+        if lacking:
+            dump.problems.note(
+                f"layout kernel: the dead kernel's resource tree lacks memory at {lacking}; laid out by the memory map"
+            )
+            return None
         excluded = RangeSet([LOW_MEMORY]) | self.reserved
+        if beyond := tree - dump.envelope.all - excluded:
+            dump.problems.note(
+                f"layout kernel: {beyond} of the dead kernel's resource tree is left out: no RAM is known there"
+            )
+        excluded |= beyond
         return [piece for r in self.dead.system_ram() for piece in RangeSet([(r.start, r.end)]) - excluded]
 
 
