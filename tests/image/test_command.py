@@ -7,10 +7,10 @@ import filecmp
 import json
 import os
 import re
+import select
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,12 +18,13 @@ import pytest
 
 from tests.image.conftest import Recorded
 from tests.image.machines import oldmem, phdrs_of
+from tests.pace import patience, wait_until
 
 
 def shell(line: str, *arguments: str | Path, timeout: float = 60.0) -> subprocess.CompletedProcess[bytes]:
     """Run a line of bash; $0, $1... are *arguments*."""
     command = f"oldmem() {{ '{sys.executable}' -m capture \"$@\"; }}; {line}"
-    done = subprocess.run(["bash", "-c", command, *map(str, arguments)], capture_output=True, timeout=timeout)
+    done = subprocess.run(["bash", "-c", command, *map(str, arguments)], capture_output=True, timeout=patience(timeout))
     assert b"Traceback" not in done.stderr
     assert b"Exception ignored" not in done.stderr
     return done
@@ -128,13 +129,8 @@ def test_interrupted_save_leaves_no_dump_by_its_final_name(
     command = [sys.executable, "-m", "capture", "save", "--machine", str(small_machine.folder), "-o", str(fifo)]
     saving = subprocess.Popen(command, stderr=subprocess.PIPE)
     try:
-        end = time.monotonic() + 20
-        while time.monotonic() < end:  # until it has written something, and waits for us to read more
-            try:
-                if os.read(reader, 1):
-                    break
-            except BlockingIOError:
-                time.sleep(0.01)
+        # until it has written something, and waits for us to read more
+        wait_until("something written", lambda: select.select([reader], [], [], 0)[0] and os.read(reader, 1))
         saving.send_signal(number)
         err = saving.communicate(timeout=20)[1]
     finally:

@@ -16,6 +16,7 @@ import pytest
 from capture.run import LIBRARY, PLAN_VARIABLE
 from tests.image.conftest import Recorded
 from tests.image.machines import DEVICE, RecordedKernel, oldmem, phdrs_of, plugged_spans
+from tests.pace import patience
 
 COLLECTOR = Path(__file__).with_name("collector.py")
 MIB = 1 << 20
@@ -25,7 +26,7 @@ def run(
     folder: Path, *command: str | Path, options: tuple[str | Path, ...] = (), **more: object
 ) -> subprocess.CompletedProcess[str]:
     line: list[str | Path] = [sys.executable, "-m", "capture", "run", "--machine", folder, *options, "--", *command]
-    return subprocess.run(line, capture_output=True, text=True, timeout=100, **more)  # type: ignore[call-overload, no-any-return]
+    return subprocess.run(line, capture_output=True, text=True, timeout=patience(100), **more)  # type: ignore[call-overload, no-any-return]
 
 
 def made(folder: Path) -> Path:
@@ -237,8 +238,10 @@ def test_collector_whose_oldmem_was_killed_fails_and_gets_no_zeros(small_machine
         "import os, signal, sys, time\n"
         "early = os.open('/proc/vmcore', os.O_RDONLY)\n"
         "head = os.pread(early, 64, 0)\n"
-        "os.kill(os.getppid(), signal.SIGKILL)\n"
-        "time.sleep(1)\n"
+        "parent = os.getppid()\n"
+        "os.kill(parent, signal.SIGKILL)\n"
+        "while os.getppid() == parent:\n"
+        "    time.sleep(0.01)\n"
         "assert os.pread(early, 64, 0) == head\n"  # what is mapped stays
         "for late in (lambda: os.pread(early, 64, os.fstat(early).st_size - 64), lambda: os.open('/proc/vmcore', 0)):\n"
         "    try:\n"

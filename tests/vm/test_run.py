@@ -64,11 +64,11 @@ def test_program_that_takes_no_library_gets_no_vmcore_and_nobody_else_notices(cr
     assert "7f 45 4c 46" in said
     assert said.count("No such device or address") == 2
     # meanwhile and afterwards the kernel's own file is where it was
-    g.sh(
-        "oldmem run -q -- sh -c 'dd-dynamic if=/proc/vmcore bs=1 count=1 of=/dev/null && sleep 5' 2>/dev/null & sleep 3"
-    )
+    inside = "dd-dynamic if=/proc/vmcore bs=1 count=1 of=/tmp/inside; until [ -e /tmp/go ]; do sleep 0.1; done"
+    g.sh(f"(oldmem run -q -- sh -c '{inside}'; touch /tmp/ended) >/dev/null 2>&1 & true")
+    g.sh("until [ -s /tmp/inside ]; do sleep 0.1; done")
     assert g.sh("head -c 4 /proc/vmcore | od -An -tx1").split() == ["7f", "45", "4c", "46"]
-    g.sh("wait; sleep 5")
+    g.sh("touch /tmp/go; until [ -e /tmp/ended ]; do sleep 0.1; done")
     assert g.sh("ls /run /tmp /dev | grep -c '^oldmem' || true").strip() == "0"
 
 

@@ -121,7 +121,8 @@ def test_killed_server_gives_the_kernels_own_vmcore_back(crashed_guest: MakeCras
     g.sh("oldmem init -q")
     assert g.sh("stat -c %s /proc/vmcore") != kernels
     # the server is the child of the watcher, hence the youngest
-    g.sh("kill -9 $(pidof oldmem | tr ' ' '\\n' | sort -n | tail -1); sleep 2")
+    g.sh("kill -9 $(pidof oldmem | tr ' ' '\\n' | sort -n | tail -1)")
+    g.sh("while grep -q oldmem /proc/mounts; do sleep 0.1; done")
     assert g.sh("stat -c %s /proc/vmcore") == kernels
     assert "oldmem" not in g.sh("cat /proc/mounts")
     header = g.sh("head -c 4 /proc/vmcore | od -An -tx1")
