@@ -7,7 +7,8 @@ import argparse
 import os
 
 EPILOG = """exit status: 0 done, 1 failed, 2 usage, 3 not in a capture environment,
-4 done, but memory was lost that should have been readable (see the report)"""
+4 done, but memory was lost that should have been readable (see the report), or a rule plug-in
+could not be asked, and what it refuses is not known"""
 
 
 class _Help(argparse.RawDescriptionHelpFormatter):
@@ -111,6 +112,7 @@ def parser(version: str) -> argparse.ArgumentParser:
     p.add_argument("--direct", action="store_true", help="a file without page cache: for dd and other large reads")
     p = command("save", "guarded copy, sparse, with progress", *both)
     p.add_argument("-o", "--output", metavar="OUT", required=True, help='"-" streams to standard output')
+    p.add_argument("--overwrite", action="store_true", help="replace OUT where there is such a file")
     p = command("run", "run a collector with the vmcore inside its own process", *both)
     p.add_argument(
         "--vmcore", metavar="FILE", default="/proc/vmcore", help="what the collector opens (default: /proc/vmcore)"

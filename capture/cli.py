@@ -60,7 +60,9 @@ def open_dump(args: argparse.Namespace) -> Dump:
         except Error:
             machine.close()
             raise
-    dump = build(machine, args.layout, args.mode, rules, [*plugins.installed(machine.problems), *named])
+    found, unknown = plugins.installed(machine.problems)
+    dump = build(machine, args.layout, args.mode, rules, [*found, *named])
+    dump.unknown += unknown
     if not args.quiet:
         for line in dump.problems:
             warn(line)
@@ -80,7 +82,7 @@ def finished(dump: Dump) -> int:
     from capture.losses import losses
 
     faults = [f for f in dump.memory.faults() if f.errno != errno.ENXIO]  # what no source shows is told once
-    lines = [f"{f.range} could not be read and is zeros: {os.strerror(f.errno)}" for f in faults]
+    lines = [*dump.unknown, *(f"{f.range} could not be read and is zeros: {os.strerror(f.errno)}" for f in faults)]
     lines += [f"{r} is lost: {why}" for r, why in losses(dump)]
     dump.close()
     return incomplete(lines)
@@ -130,21 +132,20 @@ def cmd_header(args: argparse.Namespace) -> int:
 
 
 def cmd_guard(args: argparse.Namespace) -> int:
-    from guard.compiled import compile_guard, write_guard
+    from guard.compiled import compile_guard
 
     dump = open_dump(args)
-    if args.output == "-":
-        write_out(compile_guard(dump.registry), "-")
-    else:
-        write_guard(dump.registry, args.output)
+    write_out(compile_guard(dump.registry), args.output)
     return finished(dump)
 
 
 def cmd_save(args: argparse.Namespace) -> int:
-    from capture.save import save
+    from capture.save import refuse_existing, save
 
+    if not args.overwrite:
+        refuse_existing(args.output)  # now, rather than after a long search
     dump = open_dump(args)
-    save(dump.vmcore, args.output, sys.stderr)
+    save(dump.vmcore, args.output, sys.stderr, args.overwrite, tell)
     tell("saving vmcore complete")
     return finished(dump)
 
@@ -226,6 +227,8 @@ def _stage2_options(args: argparse.Namespace) -> stage2.Options:
 def _go(dump: Dump, plan: stage2.Plan | None, args: argparse.Namespace) -> None:
     from capture import stage2
 
+    if dump.unknown:  # what has been refused is in no PT_LOAD there, and nobody could tell any more
+        raise Error(dump.unknown[0])
     plan = plan or stage2.plan(dump, _stage2_options(args))
     say(f"to stage 2, header of {len(plan.loads)} PT_LOADs {plan.place.what}")
     stage2.go(plan, dump)
@@ -238,7 +241,7 @@ def cmd_stage2(args: argparse.Namespace) -> int:
     plan = stage2.plan(dump, _stage2_options(args))
     if args.dry_run:
         print("\n".join(stage2.described(plan, dump)))
-        return INCOMPLETE if plan.given_up.runs or stage2.left_out(dump) else DONE
+        return INCOMPLETE if plan.given_up.runs or stage2.left_out(dump) or dump.unknown else DONE
     _go(dump, plan, args)
     return FAILED
 

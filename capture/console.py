@@ -7,6 +7,7 @@ import contextlib
 import os
 import sys
 
+from guard import whole_file
 from guard.errors import Error
 
 
@@ -26,14 +27,14 @@ def warn(line: str) -> None:
 
 
 def write_out(data: bytes, path: str) -> None:
-    """Write to the file *path*, or to standard output where it is "-"."""
+    """Put *data* into the file *path* as a whole or not at all, or write it to standard output where that is "-", and
+    into what is no regular file. Raises Error."""
     if path == "-":
         sys.stdout.buffer.write(data)
         sys.stdout.buffer.flush()
         return
     try:
-        with open(path, "wb") as file:
-            file.write(data)
+        whole_file.write(path, data)
     except OSError as e:
         raise Error(f"{path}: {e.strerror}") from None
 

@@ -76,7 +76,10 @@ class Dump:
             machine.header_is_the_kernels,
         )
         if not self.envelope.boot | self.envelope.disputed:
-            why = "; ".join(line for name in envelope.RAM_SOURCES for line in machine.reports[name].problems)
+            lines = [line for name in envelope.RAM_SOURCES for line in machine.reports[name].problems]
+            why = (
+                "; ".join(lines) or f"by {', '.join(envelope.RAM_SOURCES)} there is none, or something else lies there"
+            )
             raise SourceError(f"no source tells where the dead machine's RAM was: {why}")
         memory_map.install_rules(self.registry, self.envelope, self._foreign(), devices)
         for rule in rules:
@@ -91,8 +94,8 @@ class Dump:
             segments = layer(only(kernels, own), only(segments, wanted - own))
         self.memory = OldMemory(segments, self.registry, machine.core)
         self.exact = ExactMemory(self.memory, machine.touched)
-        if plugins:
-            self._ask(plugins)
+        self.unknown: list[str] = self._ask(plugins) if plugins else []
+        """Lines on rule plug-ins by which nobody knows what they would have refused: it was not."""
         self.early_rules = tuple(self.registry)
         """Those in force before the dead kernel was heard: it was read by them."""
         self.arch.hear(self)
@@ -109,13 +112,13 @@ class Dump:
             for line in device.problems:
                 self.problems.note(f"{device.name}: {line}")
 
-    def _ask(self, plugins: Sequence[Plugin]) -> None:
+    def _ask(self, plugins: Sequence[Plugin]) -> list[str]:
         """Before the dead kernel's records are read: what a plug-in refuses must not be read for them either."""
         from guard.plugins import Context, install
 
         m = self.machine
         context = Context(self.exact, self.envelope.all, m.page_size, m.root, self.arch.name, m.vmcoreinfo_paddr)
-        install(plugins, context, self.registry, self.problems)
+        return install(plugins, context, self.registry, self.problems)
 
     def _foreign(self) -> RangeSet:
         """What must not be read as old memory because it is the capture kernel's."""
@@ -136,8 +139,11 @@ class Dump:
 
     def _dynamic(self) -> Core:
         shape = self.arch.shape(self)
+        shape = shape._replace(text=self._text_inside(shape.text))
         ranges = self.arch.kernel_ranges(self) if self.layout == KERNEL else None
-        if ranges is None:
+        if ranges is not None:
+            ranges = self._inside(ranges)
+        else:
             ranges, gap = memory_map.merged(self.readable_runs, self.envelope.all - self.machine.own, MAX_LOADS)
             if gap:
                 self.problems.note(
@@ -147,6 +153,30 @@ class Dump:
         core = self.served(shape, ([shape.text] if shape.text else []) + [shape.load(r) for r in ranges])
         self.shape = shape.within(core.header, core.phdrs[0].offset)
         return core
+
+    def _inside(self, ranges: list[Range]) -> list[Range]:
+        """*ranges*, which are the dead kernel's word, as far as they lie in the envelope, whose ends need not be those
+        of pages; tells what does not."""
+        env = self.envelope.all.outer_pages(self.machine.page_size)
+        if outside := RangeSet(ranges) - env:
+            self.problems.note(
+                f"the dead kernel's records have RAM at {outside}, where nothing else has any: not listed"
+            )
+        return [piece for r in ranges for piece in RangeSet([r]) & env]
+
+    def _text_inside(self, text: Load | None) -> Load | None:
+        """*text*, which is the dead kernel's word, as far as it lies in one piece of RAM; tells what does not."""
+        if text is None:
+            return None
+        ram = self.envelope.all & self.arch.system_ram if self.arch.system_ram else self.envelope.all
+        ram -= self.machine.own | self.arch.reserved
+        place = ram.outer_pages(self.machine.page_size).find(text.paddr)
+        if place and text.paddr + text.size <= place.end:
+            return text
+        size = place.end - text.paddr if place else 0
+        then = f"cut to {size:#x} bytes" if size else "left out"
+        self.problems.note(f"kernel text of {text.size:#x} bytes at {text.paddr:#x} is not all in RAM; {then}")
+        return text._replace(size=size) if size else None
 
     def served(self, shape: Shape, loads: list[Load]) -> Core:
         """The vmcore with these PT_LOADs, as this kernel lays it out."""

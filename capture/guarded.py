@@ -7,6 +7,7 @@ from __future__ import annotations
 from capture.dump import Dump, build
 from capture.machine import LiveMachine, Machine
 from guard import plugins
+from guard.errors import Error
 from guard.guarded import GuardedMemory
 
 
@@ -23,7 +24,8 @@ class MachineMemory(GuardedMemory):
 
 def open_machine(folder: str | None = None) -> MachineMemory:
     """The machine recorded in *folder*, or the one that this capture kernel came from, under the rules that the command
-    has: those of installed plug-ins too. Raises Error where there is nothing to be had."""
+    has: those of installed plug-ins too. Raises Error where there is nothing to be had, and where nobody knows what a
+    plug-in would have refused."""
     machine: Machine
     if folder is None:
         machine = LiveMachine()
@@ -32,4 +34,9 @@ def open_machine(folder: str | None = None) -> MachineMemory:
         from capture.image_machine import ImageMachine
 
         machine = ImageMachine(recorded.load(folder))
-    return MachineMemory(build(machine, plugins=plugins.installed(machine.problems)))
+    found, unknown = plugins.installed(machine.problems)
+    dump = build(machine, plugins=found)
+    if unknown := [*unknown, *dump.unknown]:
+        dump.close()
+        raise Error(unknown[0])
+    return MachineMemory(dump)

@@ -16,12 +16,16 @@ from capture.dump import Dump
 from capture.recorded import CAPTURE_KERNEL, FILE, RamImage, RecordedMachine, VirtioMemState, save
 from capture.sources import report
 from capture.sources.files import Seen
+from guard import whole_file
 from guard.errors import Error
 from guard.procvmcore import PATH as PROC_VMCORE
 from guard.ranges import RangeSet
 
 FOUR_GIB = 1 << 32
 ROOT = "root"
+_MARK = "record-incomplete"
+"""A file beside the record as long as it is not whole."""
+_OURS = (_MARK, ROOT, "pages.raw")
 
 
 def ram_images(boot: RangeSet) -> list[RamImage]:
@@ -60,7 +64,7 @@ def record(dump: Dump, folder: str, seen: Seen) -> list[str]:
     )
     with _whole(folder):
         files = _files(dump, folder, seen)
-        save(folder, found)
+        _save(folder, found)
     lines = [f"{files} files of /sys and /proc and {folder}/{FILE} written"]
     lines += [f"put the RAM at {r.paddr:#x}+{r.size:#x} into {r.image} at offset {r.offset:#x}" for r in ram]
     lines += [f"put the virtio-mem region at {v.addr:#x}+{v.region_size:#x} into {v.image}" for v in virtio]
@@ -82,7 +86,7 @@ def record_minimal(
         files = _files(dump, folder, seen)
         with open(path, "wb") as image:
             written = record_pages.write(dump, choice, _devices(dump), image)
-        save(folder, _minimal(dump, folder)._replace(ram=written.ram, virtio_mem=written.virtio_mem))
+        _save(folder, _minimal(dump, folder)._replace(ram=written.ram, virtio_mem=written.virtio_mem))
     page = machine.page_size
     for pages, why in (
         (choice.others, "are not the kernel's own, but a user's or nobody's"),
@@ -160,33 +164,52 @@ def _files(dump: Dump, folder: str, seen: Seen) -> int:
 
 @contextlib.contextmanager
 def _whole(folder: str) -> Iterator[None]:
-    """Fill *folder*, or leave it as it was. machine.json has to be what is written last: whenever this process ends,
-    there is a whole record or none that loads. Raises Error."""
+    """Fill *folder*, for the user alone to read, or leave it as it was. machine.json has to be what is written last:
+    whenever this process ends, there is a whole record or none that loads, and one that was left half is begun again.
+    Raises Error."""
     made = False
+    umask = os.umask(0o077)  # it may hold memory
     try:
         try:
-            os.makedirs(folder, 0o700)  # it may hold memory
+            os.makedirs(folder)
             made = True
         except FileExistsError:
             there = sorted(set(os.listdir(folder)) - {"lost+found"})
-            if there:
-                raise Error(f"{folder}: is not empty ({there[0]}): a record needs a folder of its own") from None
+            others = there if _MARK not in there else [n for n in there if n not in _OURS and not n.startswith(FILE)]
+            if others or FILE in there:
+                raise Error(
+                    f"{folder}: is not empty ({[*others, FILE][0]}): a record needs a folder of its own"
+                ) from None
+        mark = whole_file.Begun(os.path.join(folder, _MARK))
         try:
+            _empty(folder, _MARK)
             yield
+            os.unlink(mark.beside)
         except BaseException:
             with contextlib.suppress(OSError):
                 _empty(folder)
                 if made:
                     os.rmdir(folder)
             raise
+        finally:
+            mark.close()
     except OSError as e:
         raise Error(f"{e.filename or folder}: {e.strerror}") from None
+    finally:
+        os.umask(umask)
 
 
-def _empty(folder: str) -> None:
+def _save(folder: str, machine: RecordedMachine) -> None:
+    """Write machine.json when all else is on the disk."""
+    os.sync()  # thousands of small files of /sys: one by one it would take minutes
+    save(folder, machine)
+
+
+def _empty(folder: str, but: str = "lost+found") -> None:
     for path, folders, files in os.walk(folder, topdown=False):
         for name in files:
-            os.unlink(os.path.join(path, name))
+            if name != but:
+                os.unlink(os.path.join(path, name))
         for name in folders:
             if name != "lost+found":
                 os.rmdir(os.path.join(path, name))

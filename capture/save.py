@@ -8,9 +8,11 @@ import errno
 import os
 import sys
 import time
+from collections.abc import Callable
 from typing import TextIO
 
 from capture.vmcore import Vmcore
+from guard import whole_file
 from guard._core import ffi, lib
 from guard.errors import Error
 
@@ -41,6 +43,10 @@ class Progress:
             if final and self.end == "\r":
                 self.out.write("\n")
             self.out.flush()
+
+
+def _quiet(_: str) -> None:
+    pass
 
 
 def _write_all(fd: int, data: memoryview) -> None:
@@ -83,32 +89,44 @@ def copy(vmcore: Vmcore, fd: int, sparse: bool, progress: Progress) -> None:
     progress.show(offset, final=True)
 
 
-def save(vmcore: Vmcore, out: str, err: TextIO) -> None:
-    """Write the vmcore to the file *out*, or stream it where that is "-". Raises Error with the reason.
+def refuse_existing(out: str) -> None:
+    """Raises Error where a file is at *out*, or a link that leads nowhere. Devices and pipes are written to."""
+    try:
+        if out != "-" and os.path.lexists(out) and not whole_file.is_special(out):
+            raise Error(f"{out}: is there already (--overwrite: replace it)")
+    except OSError as e:
+        raise Error(f"{out}: {e.strerror}") from None
 
-    The file is written as OUT-incomplete, synced, then renamed: a name without that ending is a whole dump."""
+
+def save(vmcore: Vmcore, out: str, err: TextIO, overwrite: bool = False, tell: Callable[[str], None] = _quiet) -> None:
+    """Write the vmcore to the file *out*, or stream it where that is "-", a device or a pipe. Raises Error with the
+    reason; so also where there is such a file and *overwrite* is False.
+
+    The file is written as OUT-incomplete, synced, then renamed: a name without that ending is a whole dump. What was
+    removed for that is told."""
     progress = Progress(vmcore.size, err)
     part = out + "-incomplete"
     try:
         if out == "-":
             sys.stdout.flush()
             copy(vmcore, sys.stdout.fileno(), False, progress)
-            return
-        existing = os.stat(out) if os.path.exists(out) else None
-        if existing and not os.path.isfile(out):  # a block device, a pipe: written as it is
-            fd = os.open(out, os.O_WRONLY | os.O_CLOEXEC)
+        elif whole_file.is_special(out):
+            fd = whole_file.open_special(out)
             try:
                 copy(vmcore, fd, False, progress)
             finally:
                 os.close(fd)
-            return
-        fd = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-        try:
-            copy(vmcore, fd, True, progress)
-            os.fsync(fd)
-        finally:
-            os.close(fd)
-        os.rename(part, out)
+        else:
+            if not overwrite:
+                refuse_existing(out)
+            begun = whole_file.Begun(part)
+            try:
+                if begun.replaced:
+                    tell(f"{part} was left by an earlier save that did not end: it is replaced")
+                copy(vmcore, begun.fd, True, progress)
+                begun.put(out, overwrite)
+            finally:
+                begun.close()
     except BrokenPipeError:
         raise Error("output: the reader closed the pipe before the vmcore was complete") from None
     except OSError as e:

@@ -20,7 +20,7 @@ from guard.ranges import Range, RangeSet
 from guard.registry import deny_rule
 from guard.rules import hwpoison, machine_check, page_offline, sections
 from guard.witness import e820
-from guard.witness.dead_kernel import DeadKernel, KernelText
+from guard.witness.dead_kernel import DeadKernel
 from guard.witness.proof import place_of
 from guard.witness.sections import Sections, contradictions
 from guard.witness.vmcoreinfo import Vmcoreinfo
@@ -280,7 +280,7 @@ class X86_64(Arch):
             page_offset = self.dead.page_offset()
             found = notes.completed(found, self.dead.cpu_notes(), self.listed, self.machine.remarks)
             if image := self.dead.text():
-                text = self._text(dump, image)
+                text = Load(image.paddr, image.vaddr, image.size)
         else:
             no_cpus = "" if any(note.is_cpu for note in found) else "no CPU notes, "
             dump.problems.note(
@@ -289,21 +289,6 @@ class X86_64(Arch):
         found = notes.with_vmcoreinfo(found, self._served_info(dump, self.info) if self.info else None)
         self.notes = ()  # they can be large, and the header has them now
         return Shape(EM_X86_64, "<", text, page_offset, notes.joined(found), 0, DEFAULT_NOTE_ALIGN)
-
-    def _text(self, dump: Dump, image: KernelText) -> Load | None:
-        """The kernel image, as far as one run of the dead kernel's RAM has it: where it ends is old memory's word."""
-        ram = ((self.system_ram or dump.envelope.boot) & dump.envelope.all) - self.reserved - self.machine.own
-        said = Range(image.paddr, image.paddr + image.size)
-        run = ram.find(image.paddr)
-        if run is None:
-            dump.problems.note(f"the kernel image would lie at {said}, which was no RAM: no kernel text PT_LOAD")
-            return None
-        size = min(image.size, run.end - image.paddr)
-        if size < image.size:
-            dump.problems.note(
-                f"the kernel image would lie at {said}, beyond RAM that ends at {run.end:#x}: its PT_LOAD ends there"
-            )
-        return Load(image.paddr, image.vaddr, size)
 
     def _served_info(self, dump: Dump, info: Vmcoreinfo) -> Vmcoreinfo:
         """*info*, with lines for older collectors where the header is ours; tells what no line can help."""
@@ -320,8 +305,7 @@ class X86_64(Arch):
 
     def kernel_ranges(self, dump: Dump) -> list[Range] | None:
         """The PT_LOAD ranges that kexec_file_load(2) writes: each System RAM resource by itself, in the tree's order,
-        less low memory and the crash reservations. What a damaged tree has outside of the envelope is left out; where
-        it lacks what may be read, it is no layout for this vmcore."""
+        less low memory and the crash reservations. None where that tree lacks what may be read."""
         if not (self.dead and self.system_ram):
             dump.problems.note("layout kernel needs the dead kernel's resource tree; laid out by the memory map")
             return None
@@ -334,11 +318,6 @@ class X86_64(Arch):
             )
             return None
         excluded = RangeSet([LOW_MEMORY]) | self.reserved
-        if beyond := tree - dump.envelope.all - excluded:
-            dump.problems.note(
-                f"layout kernel: {beyond} of the dead kernel's resource tree is left out: no RAM is known there"
-            )
-        excluded |= beyond
         return [piece for r in self.dead.system_ram() for piece in RangeSet([(r.start, r.end)]) - excluded]
 
 

@@ -4,7 +4,8 @@
 It is found by the entry points of group ``oldmem.rules``, or named as MODULE:FUNCTION (FILE:FUNCTION where there is a
 slash in it). All of it, its import included, runs in a child process (guard.child) with a time-out; its rules come back
 as a compiled guard, checked like one from anywhere else. Where it raises, hangs, dies or answers nonsense, what it had
-declared (:func:`rule_plugin`) counts instead."""
+declared (:func:`rule_plugin`) counts instead. Where it comes to its end before it has declared anything, or the search
+for entry points does, nobody knows what would have been refused: that it was not must show in how the command ends."""
 
 from __future__ import annotations
 
@@ -28,7 +29,7 @@ GROUP = "oldmem.rules"
 ENVIRONMENT = "OLDMEM_RULES"
 TIMEOUT = 30.0  # seconds for each plug-in
 
-_DECLARED, _RULES, _TROUBLED, _LISTED, _WRONG = b"D", b"R", b"T", b"L", b"W"
+_DECLARED, _RULES, _TROUBLED, _LISTED, _WRONG, _ABSENT = b"D", b"R", b"T", b"L", b"W", b"A"
 _FRAME = struct.Struct("=cQ")
 _MAX_ANSWER = 64 << 20
 _MAX_TEXT = 240
@@ -38,10 +39,12 @@ Send = Callable[[bytes, bytes], None]
 
 
 class Plugin(NamedTuple):
-    """*name* is what messages and its rules are called by, *value* MODULE:FUNCTION."""
+    """*name* is what messages and its rules are called by, *value* MODULE:FUNCTION. *must_be_there*: somebody asked for
+    it by that, and may have mistyped it."""
 
     name: str
     value: str
+    must_be_there: bool = False
 
     def __str__(self) -> str:
         return self.name if self.name == self.value else f"{self.name} ({self.value})"
@@ -87,22 +90,29 @@ def named(value: str) -> Plugin:
     module, colon, function = value.rpartition(":")
     if not (module and colon and function):
         raise Error(f"{value!r} names no rule plug-in, expected MODULE:FUNCTION or FILE:FUNCTION")
-    return Plugin(_one_line(value), value)
+    return Plugin(_one_line(value), value, must_be_there=True)
 
 
-def installed(problems: Problems) -> list[Plugin]:
-    """The plug-ins that installed distributions declare. In a child too: importlib.metadata is large."""
+def installed(problems: Problems) -> tuple[list[Plugin], list[str]]:
+    """The plug-ins that installed distributions declare. In a child too: importlib.metadata is large. Where they cannot
+    be found that is told in *problems*, and as the second of what is returned, for the end of the command."""
     answer, why = _heard(_list, TIMEOUT)
-    if why:
-        problems.note(f"entry points {GROUP}: {why}; no installed rule plug-in is asked")
-    lines = answer.get(_LISTED, b"").decode().split("\n")
-    return [Plugin(_one_line(name), value) for name, tab, value in (line.partition("\t") for line in lines) if tab]
+    if _LISTED not in answer:
+        line = f"entry points {GROUP}: {why or 'ended without an answer'}; no installed rule plug-in is asked"
+        problems.note(line)
+        return [], [line]
+    lines = answer[_LISTED].decode().split("\n")
+    found = [Plugin(_one_line(name), value) for name, tab, value in (line.partition("\t") for line in lines) if tab]
+    return found, []
 
 
 def _list(send: Send) -> None:
     try:
         from importlib.metadata import entry_points
-    except ModuleNotFoundError:  # a capture initramfs has none
+    except ModuleNotFoundError as e:
+        if e.name != "importlib.metadata":
+            raise
+        send(_LISTED, b"")  # a capture initramfs has none
         return
     found = sorted({(e.name, e.value.partition("[")[0].strip()) for e in entry_points(group=GROUP)})
     send(_LISTED, "\n".join(map("\t".join, found)).encode())
@@ -114,10 +124,13 @@ def install(
     registry: Registry,
     problems: Problems,
     timeout: float | None = None,
-) -> None:
+) -> list[str]:
     """Asks each of *plugins* once, in turn, for up to *timeout* seconds (default: TIMEOUT), and puts what follows in
     force. Its rules are called by its name and theirs, so none takes a name that a built-in rule has or will have.
-    Never raises for what a plug-in does: that is a line in *problems*."""
+
+    What a plug-in does is a line in *problems*; those lines are returned by which nobody knows what would have been
+    refused. Raises Error where one that must be there is not."""
+    unknown: list[str] = []
     for plugin in plugins:
         answer, why = _heard(partial(_ask, plugin, context), TIMEOUT if timeout is None else timeout)
         try:
@@ -128,12 +141,19 @@ def install(
             if rule.troubled:
                 then = "it is refused" if rule.trouble == NOT_RAM else "it is not refused for that"
                 problems.note(f"rule {plugin.name}: {rule.name}: no answer about {rule.troubled}; {then}")
+        if why and plugin.must_be_there and _ABSENT in answer:
+            raise Error(f"rule plug-in {plugin} {why}")
         if why:
-            rules = _instead(answer.get(_DECLARED, b""), why, registry.page_size)
+            declared = _policy(answer.get(_DECLARED, b""))
+            rules = _instead(declared, why, registry.page_size) if declared else []
             then = f"all of {rules[0].troubled} is refused" if rules else "nothing is refused for it"
+            if declared is None:
+                then = "what it refuses is not known"
+                unknown.append(f"rule plug-in {plugin} {why}; {then}, and was not refused")
             problems.note(f"rule plug-in {plugin} {why}; {then}")
         for rule in rules:
             registry.register(rule._replace(name=_free(f"{plugin.name}: {rule.name}", registry)))
+    return unknown
 
 
 def _free(name: str, registry: Registry) -> str:
@@ -146,14 +166,23 @@ def _free(name: str, registry: Registry) -> str:
     return free
 
 
-def _instead(declared: bytes, why: str, page_size: int) -> list[Rule]:
-    """The rule that follows from what a plug-in in trouble had declared; none where that is RAM, or nothing yet."""
+def _policy(declared: bytes) -> tuple[str, Range] | None:
+    """What counts where there is no answer, and for which physical bytes; None where nothing was declared."""
     words = declared.decode("ascii", "replace").split()
-    if len(words) != 3 or words[0] != NOT_RAM or not (words[1].isdecimal() and words[2].isdecimal()):
+    if len(words) != 3 or words[0] not in (RAM, NOT_RAM) or not (words[1].isdecimal() and words[2].isdecimal()):
+        return None
+    start, end = int(words[1]), int(words[2])
+    return (words[0], Range(start, end)) if start < end <= _END else None
+
+
+def _instead(policy: tuple[str, Range], why: str, page_size: int) -> list[Rule]:
+    """The rule that follows from the *policy* of a plug-in in trouble; none where that is RAM."""
+    trouble, domain = policy
+    if trouble == RAM:
         return []
-    refused = RangeSet([(int(words[1]), int(words[2]))]) & RangeSet([(0, _END)])
+    refused = RangeSet([domain])
     rule = deny_rule("no answer", refused, f"the plug-in {why}", page_size)
-    return [rule._replace(trouble=NOT_RAM, troubled=refused)] if refused else []
+    return [rule._replace(trouble=NOT_RAM, troubled=refused)]
 
 
 def _received(answer: dict[bytes, bytes]) -> list[Rule]:
@@ -171,6 +200,10 @@ def _received(answer: dict[bytes, bytes]) -> list[Rule]:
 
 class _NonsenseError(Exception):
     """Something was returned that is no rule for this machine."""
+
+
+class _AbsentError(Exception):
+    """There is no such plug-in."""
 
 
 def _ask(plugin: Plugin, context: Context, send: Send) -> None:
@@ -195,20 +228,41 @@ def _ask(plugin: Plugin, context: Context, send: Send) -> None:
 
 
 def _function(value: str) -> Callable[[Context], object]:
+    """Raises _AbsentError, and whatever else happens while it is imported."""
     module, _, path = value.rpartition(":")
-    if "/" in module:
-        with open(module, "rb") as file:
-            code = compile(file.read(), module, "exec")
-        found: Any = type(sys)(os.path.basename(module).partition(".")[0])
-        found.__file__ = module
-        sys.modules[found.__name__] = found
-        exec(code, found.__dict__)
-    else:
-        __import__(module)
-        found = sys.modules[module]
+    found: Any = _of_file(module) if "/" in module else _of_module(module)
     for name in path.split("."):
-        found = getattr(found, name)
+        try:
+            found = getattr(found, name)
+        except AttributeError as e:
+            raise _AbsentError(f"is not there: {e}") from None
+    if not callable(found):
+        raise _AbsentError(f"is not there: {path} is {_one_line(repr(found))}, expected a function")
     return found  # type: ignore[no-any-return]
+
+
+def _of_file(path: str) -> Any:
+    try:
+        with open(path, "rb") as file:
+            source = file.read()
+    except OSError as e:
+        raise _AbsentError(f"is not there: {path}: {e.strerror}") from None
+    code = compile(source, path, "exec")
+    found: Any = type(sys)(os.path.basename(path).partition(".")[0])
+    found.__file__ = path
+    sys.modules[found.__name__] = found
+    exec(code, found.__dict__)
+    return found
+
+
+def _of_module(name: str) -> Any:
+    try:
+        __import__(name)
+    except ModuleNotFoundError as e:
+        if e.name and f"{name}.".startswith(f"{e.name}."):  # not what the module itself imports
+            raise _AbsentError(f"is not there: {e}") from None
+        raise
+    return sys.modules[name]
 
 
 def _each(answer: object) -> Iterator[Rule]:
@@ -265,6 +319,9 @@ def _heard(work: Callable[[Send], None], timeout: float) -> tuple[dict[bytes, by
         def guarded() -> None:
             try:
                 work(send)
+            except _AbsentError as e:
+                send(_ABSENT, b"")
+                send(_WRONG, _one_line(str(e)).encode("utf-8", "backslashreplace"))
             except _NonsenseError as e:
                 send(_WRONG, str(e).encode("utf-8", "backslashreplace"))
             except BaseException as e:  # SystemExit too

@@ -4,7 +4,8 @@ types, where it was built with CONFIG_DEBUG_INFO_BTF.
 
 A kernel's BTF is 4 to 6 MB with some 100000 types. It is passed over in pieces of 64 KiB by C (guard/csrc/btf.h), once
 for the strings and once for the types, and nothing of it is kept but where the wanted types stand. Everything else is
-read where it is needed. The bytes are untrusted: every walk is bounded, none recurses."""
+read where it is needed. The bytes are untrusted: every walk is bounded, none recurses, and what one read has shown of a
+dead kernel's memory, the next one need not: a device may still be writing to it."""
 
 from __future__ import annotations
 
@@ -139,6 +140,8 @@ class Btf:
         found: dict[str, list[_Type]] = {}
         for hit in hits[0 : walk.n_hits]:
             one = self._type_at(hit.at)
+            if one.name not in self._names:
+                raise _changed(hit.at)
             found.setdefault(self._names[one.name], []).append(one)
         return found
 
@@ -252,9 +255,12 @@ class Btf:
         walk.max_index = more + 1
         walk.index = index = ffi.new("uint32_t[]", more + 1)
         while walk.n_index <= more:
-            data = self._bytes(walk.at, min(_WINDOW, self._types_size - walk.at))
-            if not lib.btf_walk(walk, ffi.from_buffer("char[]", data), len(data)):
-                raise WitnessError(f"BTF: types at {walk.at:#x} are not what they were a moment ago")
+            at = walk.at
+            if at >= self._types_size:
+                raise _changed(at)
+            data = self._bytes(at, min(_WINDOW, self._types_size - at))
+            if not lib.btf_walk(walk, ffi.from_buffer("char[]", data), len(data)) or walk.at == at:
+                raise _changed(at)
         return int(index[more])
 
     def _type_at(self, at: int) -> _Type:
@@ -272,3 +278,7 @@ class Btf:
         if size <= 0:
             raise WitnessError(f"BTF: a name at {at:#x} is beyond the end of the strings")
         return self._read(self._strings + at, size).partition(b"\0")[0].decode("ascii", "backslashreplace")
+
+
+def _changed(at: int) -> WitnessError:
+    return WitnessError(f"BTF: types at {at:#x} are not what they were a moment ago")

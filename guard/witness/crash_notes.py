@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from guard.errors import ReadError, WitnessError
-from guard.witness.memory import Problems
+from guard.witness.memory import Memory, Problems
 from guard.witness.pagewalk import PageWalk
 
 SYMBOLS = frozenset({"crash_notes", "__per_cpu_offset", "__cpu_possible_mask", "nr_cpu_ids"})
@@ -46,7 +46,8 @@ def read_crash_notes(walk: PageWalk, symbols: Mapping[str, int], problems: Probl
     for cpu in _possible_cpus(walk, symbols, problems):
         try:
             buffer = (base + walk.read_u64(symbols["__per_cpu_offset"] + 8 * cpu)) & _U64
-            found.append(CpuNotes(cpu, walk.translate(buffer), _notes(walk, cpu, buffer, problems)))
+            paddr = walk.translate(buffer)
+            found.append(CpuNotes(cpu, paddr, _notes(walk.mem, cpu, paddr, problems)))
         except (WitnessError, ReadError) as error:
             problems.note(f"crash_notes: CPU {cpu} is left out: {error}")
     return found
@@ -70,9 +71,9 @@ def _possible_cpus(walk: PageWalk, symbols: Mapping[str, int], problems: Problem
     return [cpu for cpu in range(count) if mask >> cpu & 1]
 
 
-def _notes(walk: PageWalk, cpu: int, buffer: int, problems: Problems) -> bytes:
-    room = _PAGE - buffer % _PAGE
-    data = walk.read(buffer, room)
+def _notes(mem: Memory, cpu: int, paddr: int, problems: Problems) -> bytes:
+    room = _PAGE - paddr % _PAGE
+    data = mem.read(paddr, room)
     at = 0
     while at + 12 <= room:
         namesz, descsz, _type = struct.unpack_from("<III", data, at)
@@ -81,7 +82,7 @@ def _notes(walk: PageWalk, cpu: int, buffer: int, problems: Problems) -> bytes:
         size = 12 + ((namesz + 3) & ~3) + ((descsz + 3) & ~3)
         if at + size > room:
             problems.note(
-                f"crash_notes: CPU {cpu}: note of {size} bytes at {buffer + at:#x} does not fit into its page, "
+                f"crash_notes: CPU {cpu}: note of {size} bytes at {paddr + at:#x} does not fit into its page, "
                 f"{at} bytes before it are kept"
             )
             return data[:at]

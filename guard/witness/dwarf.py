@@ -7,11 +7,13 @@ writes VMCOREINFO has all that it tells of in its own unit, so only that one and
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar
 
 from guard.errors import WitnessError
 from guard.witness.btf import Layout, Member
+
+T = TypeVar("T")
 
 _UNITS = ("kernel/vmcore_info.c", "kernel/crash_core.c", "kernel/printk/printk.c")
 """crash_core.c wrote the note before 6.9; printk.c adds the lines of its ring buffer."""
@@ -36,7 +38,7 @@ class Dwarf:
             name = top.attributes.get("DW_AT_name")
             if name is not None and name.value.decode("ascii", "replace").endswith(_UNITS):
                 units += 1
-                for die in top.iter_children():
+                for die in _children(top):
                     label = _name(die)
                     if label in wanted and "DW_AT_declaration" not in die.attributes:
                         self._found.setdefault(label, []).append(die)
@@ -51,7 +53,11 @@ class Dwarf:
 
     def layout(self, name: str, members: Iterable[str]) -> Layout | None:
         """Of the struct or union *name*, or else of what the typedef *name* stands for. Members in anonymous structs
-        and unions count as its own; bitfields are left out. None if there is no such type."""
+        and unions count as its own; bitfields are left out. None if there is no such type. Raises WitnessError if its
+        DWARF is cut or damaged."""
+        return _undamaged(name, lambda: self._layout(name, frozenset(members)))
+
+    def _layout(self, name: str, members: frozenset[str]) -> Layout | None:
         types = self._found.get(name, [])
         structs = [die for die in types if die.tag in _STRUCTS]
         if not structs:
@@ -59,15 +65,37 @@ class Dwarf:
             structs = [end for end in ends if end is not None and end.tag in _STRUCTS]
         if not structs or (size := _number(structs[0], "DW_AT_byte_size")) is None:
             return None
-        return Layout(size, _members(structs[0], frozenset(members)))
+        return Layout(size, _members(structs[0], members))
 
     def enum(self, name: str) -> dict[str, int] | None:
-        """The enumerators of enum *name*; None if there is no such type."""
+        """The enumerators of enum *name*; None if there is no such type. Raises as :meth:`layout`."""
+        return _undamaged(name, lambda: self._enum(name))
+
+    def _enum(self, name: str) -> dict[str, int] | None:
         for die in self._found.get(name, []):
             if die.tag == "DW_TAG_enumeration_type":
-                values = {_name(one): _number(one, "DW_AT_const_value") for one in die.iter_children()}
+                values = {_name(one): _number(one, "DW_AT_const_value") for one in _children(die)}
                 return {key: value for key, value in values.items() if value is not None}
         return None
+
+
+def _undamaged(name: str, ask: Callable[[], T]) -> T:
+    try:
+        return ask()
+    except WitnessError:
+        raise
+    except Exception as error:  # pyelftools checks little of what it reads: damage comes as an error of any kind
+        raise WitnessError(f"DWARF of {name}: {' '.join(str(error).split()) or type(error).__name__}") from None
+
+
+def _children(die: Any) -> Iterator[Any]:
+    """The children of *die*: pyelftools goes where DW_AT_sibling leads, which has to be ahead."""
+    reached = die.offset
+    for child in die.iter_children():
+        if child.offset <= reached:
+            raise WitnessError(f"DWARF: the entry at {reached:#x} is followed by the one at {child.offset:#x}")
+        reached = child.offset
+        yield child
 
 
 def _name(die: Any) -> str:
@@ -98,7 +126,7 @@ def _members(outer: Any, wanted: frozenset[str]) -> dict[str, Member]:
     while pending and seen < _MAX_STRUCTS:
         one, base = pending.pop()
         seen += 1
-        for die in one.iter_children():
+        for die in _children(one):
             if die.tag != "DW_TAG_member" or "DW_AT_bit_size" in die.attributes:
                 continue
             offset = base + (_number(die, "DW_AT_data_member_location") or 0)  # a union's members have none
@@ -118,7 +146,7 @@ def _member(die: Any, offset: int) -> Member:
         if die is None:
             break
         if die.tag == "DW_TAG_array_type":
-            for part in die.iter_children():
+            for part in _children(die):
                 if part.tag == "DW_TAG_subrange_type":
                     last = _number(part, "DW_AT_upper_bound")
                     length *= (_number(part, "DW_AT_count") or 0) if last is None else last + 1

@@ -7,17 +7,20 @@ enumerator for. So the witness, makedumpfile, crash and drgn read the same from 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import NamedTuple, TypeVar
 
 from guard.errors import ReadError, WitnessError
 from guard.ranges import RangeSet
 from guard.witness.dead_kernel import WANTED
-from guard.witness.kaslr import Place, locate
+from guard.witness.kaslr import MAX_PADDR, Place, locate
 from guard.witness.memory import Memory, Problems
 from guard.witness.pagewalk import START_KERNEL_MAP
 from guard.witness.vmcoreinfo import Vmcoreinfo, note_of
-from guard.witness.vmlinux import Vmlinux
+from guard.witness.vmlinux import Types, Vmlinux
+
+T = TypeVar("T")
 
 PAGE_SIZE = 4096
 SECTION_SIZE_BITS = 27
@@ -154,8 +157,8 @@ def _lines(vmlinux: Vmlinux, place: Place, mem: Memory, problems: Problems) -> I
     if vmlinux.types is None:
         problems.note(f"{vmlinux.path}: has neither .BTF nor .debug_info: offsets, sizes and flags are not known")
     else:
-        yield from _layout_lines(vmlinux, place)
-        yield from _enum_lines(vmlinux)
+        yield from _layout_lines(vmlinux, vmlinux.types, place, problems)
+        yield from _enum_lines(vmlinux, vmlinux.types, problems)
     yield "NUMBER(SECTION_SIZE_BITS)", str(SECTION_SIZE_BITS)
     yield "NUMBER(MAX_PHYSMEM_BITS)", str(MAX_PHYSMEM_BITS[place.levels])
     yield "NUMBER(phys_base)", str(place.phys_base)
@@ -170,21 +173,34 @@ def _variable(vmlinux: Vmlinux, name: str, place: Place, mem: Memory, problems: 
     """The 64-bit value of the dead kernel's variable *name*; 0 if there is none."""
     if name not in vmlinux.symbols:
         return 0
+    paddr = vmlinux.address(name) + place.shift
     try:
-        return int.from_bytes(mem.read(vmlinux.address(name) + place.shift, 8), "little")
-    except ReadError as error:
+        if not 0 <= paddr < MAX_PADDR:
+            raise WitnessError(f"it would be at physical {paddr:#x}")
+        return int.from_bytes(mem.read(paddr, 8), "little")
+    except (WitnessError, ReadError) as error:
         problems.note(f"{name} of the dead kernel cannot be read: {error}")
         return 0
 
 
-def _layout_lines(vmlinux: Vmlinux, place: Place) -> Iterator[tuple[str, str]]:
-    assert vmlinux.types is not None
+def _told(vmlinux: Vmlinux, what: str, ask: Callable[[], T | None], problems: Problems) -> T | None:
+    """What *ask* says of a type; a damaged one is told, and as good as none."""
+    try:
+        return ask()
+    except WitnessError as error:
+        problems.note(f"{vmlinux.path}: {error}; lines on {what} are left out")
+        return None
+
+
+def _layout_lines(vmlinux: Vmlinux, types: Types, place: Place, problems: Problems) -> Iterator[tuple[str, str]]:
     wanted: dict[str, list[str]] = {}
     for key in _KEYS:
         if "." in key or " " in key:
             name, _, member = key.split()[-1].partition(".")
             wanted.setdefault(name, []).append(member)
-    layouts = {name: vmlinux.types.layout(name, members) for name, members in wanted.items()}
+    layouts = {
+        name: _told(vmlinux, name, partial(types.layout, name, members), problems) for name, members in wanted.items()
+    }
     for key in _KEYS:
         kind, _, what = key.rpartition(" ")
         name, _, member = what.partition(".")
@@ -200,7 +216,7 @@ def _layout_lines(vmlinux: Vmlinux, place: Place) -> Iterator[tuple[str, str]]:
             yield f"LENGTH(printk_info_{name})", str(array.length)
     if nodes := layouts["nodemask_t"]:
         yield "LENGTH(node_data)", str(nodes.size * 8)
-        states = vmlinux.types.enum("node_states") or {}
+        states = _told(vmlinux, "node_states", partial(types.enum, "node_states"), problems) or {}
         if "node_states" in vmlinux.symbols and "N_ONLINE" in states:
             at = _moved(vmlinux.address("node_states"), place) + states["N_ONLINE"] * nodes.size
             yield "SYMBOL(node_online_map)", f"{at:x}"
@@ -211,14 +227,13 @@ def _layout_lines(vmlinux: Vmlinux, place: Place) -> Iterator[tuple[str, str]]:
         yield "LENGTH(mem_section)", str(-(-(1 << (MAX_PHYSMEM_BITS[place.levels] - SECTION_SIZE_BITS)) // per_root))
 
 
-def _enum_lines(vmlinux: Vmlinux) -> Iterator[tuple[str, str]]:
-    assert vmlinux.types is not None
-    enums = {name: vmlinux.types.enum(name) for name in _ENUMS}
+def _enum_lines(vmlinux: Vmlinux, asked: Types, problems: Problems) -> Iterator[tuple[str, str]]:
+    enums = {name: _told(vmlinux, name, partial(asked.enum, name), problems) for name in _ENUMS}
     flags = enums["pageflags"] or {}
     for name in _FLAGS:
         if name in flags:
             yield f"NUMBER({name})", str(flags[name])
-    if "PG_head" in flags:
+    if 0 <= flags.get("PG_head", -1) < 64:
         yield "NUMBER(PG_head_mask)", str(1 << flags["PG_head"])
     for name, enum in (("NR_FREE_PAGES", "zone_stat_item"), ("HUGETLB_PAGE_DTOR", "compound_dtor_id")):
         values = enums[enum] or {}

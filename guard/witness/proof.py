@@ -71,8 +71,11 @@ def place_of(dead: DeadKernel, info: Vmcoreinfo) -> int | None:
     something else."""
     vaddr = dead.note_vaddr()
     try:
-        if vaddr is not None and info.note and dead.walk.read(vaddr, len(info.note)) == info.note:
-            return dead.walk.translate(vaddr)
+        if vaddr is not None and info.note:
+            # its pages are neighbours: alloc_pages_exact(), kernel/vmcore_info.c
+            paddr = dead.walk.translate(vaddr)
+            if dead.walk.mem.read(paddr, len(info.note)) == info.note:
+                return paddr
     except (WitnessError, ReadError):
         pass  # damaged, or not shown
     return None

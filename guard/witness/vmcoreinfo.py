@@ -149,7 +149,8 @@ def note_at(mem: Memory, paddr: int, limit: int = HEADER_SIZE + MAX_DESC, byteor
     """The VMCOREINFO note at physical address *paddr*; *limit* bounds the whole note in bytes.
 
     Raises WitnessError if no plausible note stands there, ReadError if it cannot be read."""
-    namesz, descsz, kind = struct.unpack(byteorder + "III", mem.read(paddr, 12))
+    head = mem.read(paddr, 12)
+    namesz, descsz, kind = struct.unpack(byteorder + "III", head)
     if (namesz, kind) != (len(NOTE_NAME), 0):
         raise WitnessError(f"vmcoreinfo at {paddr:#x}: namesz {namesz} and type {kind} where 11 and 0 were expected")
     size = HEADER_SIZE + ((descsz + 3) & ~3)
@@ -157,6 +158,8 @@ def note_at(mem: Memory, paddr: int, limit: int = HEADER_SIZE + MAX_DESC, byteor
         room = min(limit - HEADER_SIZE, MAX_DESC)
         raise WitnessError(f"vmcoreinfo at {paddr:#x}: descsz {descsz} where 1 to {room} was expected")
     note = mem.read(paddr, size)
+    if note[:12] != head:
+        raise WitnessError(f"vmcoreinfo at {paddr:#x}: its header changed while it was read")
     if note[12:23] != NOTE_NAME:
         raise WitnessError(f"vmcoreinfo at {paddr:#x}: name {note[12:23]!r} where VMCOREINFO was expected")
     return Vmcoreinfo(note[HEADER_SIZE : HEADER_SIZE + descsz], note, paddr)

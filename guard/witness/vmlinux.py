@@ -25,7 +25,7 @@ _MAX_SECTION = 1 << 28
 
 
 class Types(Protocol):
-    """What BTF and DWARF both tell of the types that they were opened for."""
+    """What BTF and DWARF both tell of the types that they were opened for. Raises WitnessError if damaged."""
 
     def layout(self, name: str, members: Iterable[str]) -> Layout | None:
         """Of the struct, union or typedef *name*; None if there is none."""

@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from random import Random
 from typing import Any
 
 import pytest
 
 from capture import elfcore
+from capture.dump import Dump
 from capture.x86_64 import X86_64
 from guard.errors import ReadError
 from guard.ranges import Range
@@ -55,19 +56,19 @@ def test_breach_that_was_found_once(run: str, machine: WholeMachine) -> None:
     assert machine.breaches(parse(run)) == []
 
 
-BROKEN = {
-    "outside of the envelope": ("kernel_ranges", lambda arch, dump: [Range(0xFEB00000, 0xFEC00000)]),
-    "not listed with status 0": ("kernel_ranges", lambda arch, dump: [Range(0x100000, 0xA000000)]),
-    "KeyError in": ("kernel_ranges", lambda arch, dump: {}[dump]),
-    "no line for people": ("kernel_ranges", lambda arch, dump: dump.problems.note("a\nb")),
-    "Endless": ("kernel_ranges", lambda arch, dump: [None for _ in iter(int, 1)]),
+BROKEN: dict[str, tuple[type, str, Callable[..., Any]]] = {
+    "outside of the envelope": (Dump, "_inside", lambda dump, ranges: [Range(0xFEB00000, 0xFEC00000)]),
+    "not listed with status 0": (X86_64, "kernel_ranges", lambda arch, dump: [Range(0x100000, 0xA000000)]),
+    "KeyError in": (X86_64, "kernel_ranges", lambda arch, dump: {}[dump]),
+    "no line for people": (X86_64, "kernel_ranges", lambda arch, dump: dump.problems.note("a\nb")),
+    "Endless": (X86_64, "kernel_ranges", lambda arch, dump: [None for _ in iter(int, 1)]),
 }
 
 
 @pytest.mark.parametrize("breach", BROKEN)
 def test_law_sees_what_breaks_it(breach: str, machine: WholeMachine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tests.fuzz.whole_machine.PROCESSOR_SECONDS", 0.5)
-    monkeypatch.setattr(X86_64, *BROKEN[breach])
+    monkeypatch.setattr(*BROKEN[breach])
     assert any(breach in found for found in machine.breaches(Run("kernel", ())))
 
 

@@ -9,6 +9,7 @@ import os
 import re
 import select
 import signal
+import stat
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -117,6 +118,62 @@ def test_full_disk_is_status_1_and_one_line_and_no_dump_by_its_final_name(
     assert result.status == 1
     assert result.lines == [f"oldmem: {out}: No space left on device; {out}-incomplete has what fitted"]
     assert os.listdir(small_disk) == ["vmcore-incomplete"]
+
+
+@pytest.mark.parametrize("command", ["header", "guard"])
+def test_full_disk_leaves_no_header_and_no_guard(command: str, small_machine: Recorded, small_disk: Path) -> None:
+    with open(small_disk / "filler", "wb") as filler:
+        filler.write(bytes(64 << 10))
+    result = oldmem(command, "-q", "--machine", small_machine.folder, "-o", small_disk / "out")
+    assert (result.status, result.lines) == (1, [f"oldmem: {small_disk}/out: No space left on device"])
+    assert os.listdir(small_disk) == ["filler"]
+
+
+@pytest.mark.parametrize("command", ["header", "guard", "save"])
+@pytest.mark.parametrize("to", ["/dev/stdout", "/dev/fd/3", "/proc/self/fd/3"])
+def test_descriptor_that_is_named_is_written_to(command: str, to: str, small_machine: Recorded, tmp_path: Path) -> None:
+    line = f'(echo before; oldmem {command} -q --machine "$0" -o {to}; echo after) >"$1" 3>&1'
+    done = shell(line, small_machine.folder, tmp_path / "named")
+    assert done.returncode == 0
+    assert stat.S_ISLNK(os.lstat("/dev/stdout").st_mode)
+    shell(f'oldmem {command} -q --machine "$0" -o - >"$1"', small_machine.folder, tmp_path / "streamed")
+    streamed = (tmp_path / "streamed").read_bytes()
+    assert (tmp_path / "named").read_bytes() == b"before\n" + streamed + b"after\n"
+
+
+def test_existing_dump_is_replaced_on_request_only_and_refused_before_anything_is_done(
+    small_machine: Recorded, saved_small: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    out.write_bytes(b"of yesterday")
+    refused = oldmem("save", "--machine", tmp_path / "no machine", "-o", out)
+    assert (refused.status, refused.lines) == (1, [f"oldmem: {out}: is there already (--overwrite: replace it)"])
+    assert out.read_bytes() == b"of yesterday"
+    options = ("--layout", "kernel", "--overwrite", "--machine", small_machine.folder)
+    assert oldmem("save", *options, "-o", out).status == 0
+    assert filecmp.cmp(out, saved_small, shallow=False)
+
+
+def test_save_that_is_killed_at_any_moment_leaves_no_dump_by_its_final_name(
+    small_machine: Recorded, saved_small: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "capture", "save", "-q", "--layout", "kernel"]
+    command += ["--machine", str(small_machine.folder), "-o", str(out)]
+    for size in (1, 1 << 20, 3 << 20, 5 << 20):  # of what is written so far
+        saving = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+        part = tmp_path / "out-incomplete"
+        while saving.poll() is None:
+            if part.exists() and part.stat().st_blocks * 512 >= size:
+                break
+        saving.kill()
+        saving.wait(timeout=20)
+        if out.exists():
+            assert filecmp.cmp(out, saved_small, shallow=False)
+            out.unlink()
+    assert oldmem(*command[3:]).status == 0
+    assert os.listdir(tmp_path) == ["out"]
+    assert filecmp.cmp(out, saved_small, shallow=False)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

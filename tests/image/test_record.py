@@ -6,7 +6,10 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import struct
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -357,7 +360,7 @@ def test_record_that_fails_leaves_nothing(
     (tmp_path / "empty/lost+found").mkdir()
 
     def fail(folder: str, _machine: object) -> None:
-        assert sorted(set(os.listdir(folder)) - {"lost+found"}) == ["pages.raw", "root"]
+        assert sorted(set(os.listdir(folder)) - {"lost+found"}) == ["pages.raw", "record-incomplete", "root"]
         raise KeyboardInterrupt
 
     monkeypatch.setattr(record_module, "save", fail)
@@ -366,3 +369,64 @@ def test_record_that_fails_leaves_nothing(
             recorded_minimal(small_machine.folder, folder)
     assert not (tmp_path / "new").exists()
     assert os.listdir(tmp_path / "empty") == ["lost+found"]
+
+
+def test_half_a_record_of_a_process_that_was_killed_is_begun_again(small_machine: Recorded, tmp_path: Path) -> None:
+    folder = tmp_path / "new"
+    command = [sys.executable, "-c", KILLED_BEFORE_IT_IS_WHOLE, str(small_machine.folder), str(folder)]
+    assert subprocess.run(command, timeout=60).returncode == -signal.SIGKILL
+    assert sorted(os.listdir(folder)) == ["pages.raw", "record-incomplete", "root"]
+    with pytest.raises(Error, match=r"machine\.json"):
+        recorded.load(str(folder))
+    recorded_minimal(small_machine.folder, folder)
+    assert sorted(os.listdir(folder)) == ["machine.json", "pages.raw", "root"]
+    assert_same(small_machine.folder, folder)
+    (folder / "record-incomplete").touch()
+    (folder / "machine.json").rename(folder / "letter")
+    with pytest.raises(Error, match=r"is not empty \(letter\)"):
+        recorded_minimal(small_machine.folder, folder)
+
+
+KILLED_BEFORE_IT_IS_WHOLE = """
+import os, sys
+from pathlib import Path
+from capture import record
+from tests.image.test_record import recorded_minimal
+record.save = lambda *_: os.kill(os.getpid(), 9)
+recorded_minimal(Path(sys.argv[1]), Path(sys.argv[2]))
+"""
+
+
+@pytest.mark.parametrize("umask", [0o000, 0o777], ids=oct)
+@pytest.mark.parametrize("there", [False, True], ids=["new folder", "folder that all may read"])
+def test_record_is_for_the_user_alone_whatever_the_umask(
+    umask: int, there: bool, small_machine: Recorded, tmp_path: Path
+) -> None:
+    folder = tmp_path / "new"
+    if there:
+        folder.mkdir(0o755)
+    before = os.umask(umask)
+    try:
+        recorded_minimal(small_machine.folder, folder)
+    finally:
+        assert os.umask(before) == umask
+    found = {path: path.stat().st_mode & 0o7777 for path in folder.rglob("*")}
+    assert {mode for path, mode in found.items() if path.is_file()} == {0o600}
+    assert {mode for path, mode in found.items() if path.is_dir()} == {0o700}
+    assert folder.stat().st_mode & 0o7777 == (0o755 if there else 0o700)
+
+
+def test_two_records_in_one_folder_do_not_meet(
+    small_machine: Recorded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save = recorded.save
+
+    def meanwhile(folder: str, machine: recorded.RecordedMachine) -> None:
+        monkeypatch.setattr(record_module, "save", save)
+        with pytest.raises(Error, match="record-incomplete: another process is writing it"):
+            recorded_minimal(small_machine.folder, tmp_path / "new")
+        save(folder, machine)
+
+    monkeypatch.setattr(record_module, "save", meanwhile)
+    recorded_minimal(small_machine.folder, tmp_path / "new")
+    assert_same(small_machine.folder, tmp_path / "new")

@@ -66,13 +66,18 @@ def elf(sections: Iterable[Section], machine: int = 62) -> bytes:
 
 
 def vmlinux(
-    symbols: Iterable[tuple[str, str, int]], banner: tuple[int, bytes], notes: bytes = b"", btf: bytes = b""
+    symbols: Iterable[tuple[str, str, int]],
+    banner: tuple[int, bytes],
+    notes: bytes = b"",
+    btf: bytes = b"",
+    more: Iterable[Section] = (),
 ) -> bytes:
-    """A kernel's file: *symbols* as linked, the address and text of linux_banner, .notes and .BTF."""
+    """A kernel's file: *symbols* as linked, the address and text of linux_banner, .notes, .BTF, and *more* sections."""
     at, text = banner
     sections = [
         Section(".rodata", PROGBITS, bytes(8) + text + b"\0" + bytes(8), ALLOC, at - 8),
         Section(".notes", NOTE, notes, ALLOC),
         *([Section(".BTF", PROGBITS, btf, ALLOC)] if btf else []),
+        *more,
     ]
     return elf([*sections, *symbol_sections(symbols, len(sections) + 1)])

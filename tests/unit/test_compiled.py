@@ -307,4 +307,4 @@ def test_command_writes_the_rules_of_a_machine(
 
 def test_command_that_cannot_write_is_status_1_and_one_line(machine: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run(["guard", "-q", "--machine", str(machine), "-o", str(machine)]) == cli.FAILED
-    assert capsys.readouterr().err == f"oldmem: {machine}: is no regular file, and will not be replaced by one\n"
+    assert capsys.readouterr().err == f"oldmem: {machine}: Is a directory\n"

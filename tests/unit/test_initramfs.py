@@ -5,6 +5,7 @@ run beside the host's, sizes stay within the budget, bad input is one line."""
 from __future__ import annotations
 
 import gzip
+import marshal
 import os
 import shutil
 import stat
@@ -117,6 +118,25 @@ def test_two_builds_are_byte_identical_with_and_without_a_warm_cache(program: st
     for compiled in sorted((tmp_path / "two").glob("*.pyc"))[::2]:
         compiled.unlink()
     assert build(tmp_path / "two") == first
+
+
+@needs_root
+@needs_cpio
+def test_tracebacks_have_the_lines_of_our_code_and_pass_through_the_standard_librarys(
+    program: str, cache: str, tmp_path: Path
+) -> None:
+    builder = Builder(cache)
+    python = builder.add_python(path=[program])
+    builder.add_bytes(PROBE, b"import argparse, capture\nargparse.ArgumentParser(fail=1)\n")
+    image = unpack(builder, tmp_path / "image")
+    run = subprocess.run(["chroot", str(image), python, PROBE], capture_output=True, text=True, check=False)
+    assert run.stderr.splitlines()[-1].startswith("TypeError: ")
+    assert f'File "{PROBE}", line 2, in <module>' in run.stderr
+    library = image / python[1:].replace("bin", "lib")
+    ours, theirs = (
+        marshal.loads((library / name).read_bytes()[16:]) for name in ("capture/__init__.pyc", "argparse.pyc")
+    )
+    assert (bool(ours.co_linetable), theirs.co_linetable) == (True, b"")
 
 
 @needs_zstd

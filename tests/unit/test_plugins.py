@@ -5,19 +5,21 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from capture.guarded import open_machine
 from guard import child, plugins
 from guard.errors import Error
 from guard.physmem import PREAD, ExactMemory, OldMemory, Segment
@@ -66,8 +68,8 @@ class Machine:
         path.write_text(HEAD + textwrap.dedent(source))
         return Plugin(name, f"{path}:rule")
 
-    def ask(self, *asked: Plugin, timeout: float = 20.0) -> None:
-        plugins.install(asked, self.context, self.registry, self.problems, patience(timeout))
+    def ask(self, *asked: Plugin, timeout: float = 20.0) -> list[str]:
+        return plugins.install(asked, self.context, self.registry, self.problems, patience(timeout))
 
     def refused(self) -> dict[str, list[int]]:
         found: dict[str, list[int]] = {}
@@ -225,15 +227,22 @@ def test_a_plug_in_that_misbehaves_costs_what_it_declared_and_one_line(
     assert capfd.readouterr().out == ""
 
 
-# What is no plug-in at all: nothing can have been declared
+TOO_LARGE = "import resource; resource.setrlimit(resource.RLIMIT_AS, (1 << 28, 1 << 28)); bytearray(1 << 29)"
+
+# What comes to its end before it has declared anything
 ABSENT = {
     "def rule(:": "raised SyntaxError: ",
     "raise OSError('while it is imported')": "raised OSError: while it is imported",
     "import no_such_module": "raised ModuleNotFoundError: No module named 'no_such_module'",
-    "other = None": "raised AttributeError: module 'plugin' has no attribute 'rule'",
-    "rule = 5": "raised TypeError: 'int' object is not callable",
-    "def rule(): pass": "raised TypeError: rule() takes 0 positional arguments but 1 was given",
+    "other = None": "is not there: module 'plugin' has no attribute 'rule'",
+    "rule = 5": "is not there: rule is 5, expected a function",
     "while True: pass": "gave no answer within ",
+    "os.kill(os.getpid(), signal.SIGKILL)": "was ended by signal 9 (Killed)",
+    "os._exit(0)": "ended without an answer",
+    f"{TOO_LARGE}": "raised MemoryError: ",
+    f"{TOO_LARGE}, os._exit(1)": "raised MemoryError: ",
+    "def rule(c): pass\nrule.oldmem_declares = 7": "raised TypeError: cannot unpack non-iterable int object",
+    "def rule(c): raise OSError\nrule.oldmem_declares = 'not-ram', ('a', 'b')": "raised OSError: ",
     "rule_plugin('no')": "raised ValueError: trouble is 'no', expected 'ram' or 'not-ram'",
     "rule_plugin('not-ram')": "raised ValueError: trouble not-ram needs a domain",
     "rule_plugin(domain=(5, 5))": "raised ValueError: no domain goes from 0x5 to 0x5",
@@ -242,13 +251,51 @@ ABSENT = {
 
 
 @pytest.mark.parametrize("source", ABSENT)
-def test_what_cannot_be_imported_or_called_refuses_nothing_and_is_told(source: str, machine: Machine) -> None:
+def test_where_nothing_was_declared_nothing_is_refused_and_that_nobody_knows_is_told(
+    source: str, machine: Machine
+) -> None:
     bad = machine.plugin(source)
-    machine.ask(bad, timeout=SHORT if "while True" in source else 20.0)
+    unknown = machine.ask(bad, timeout=SHORT if "while True" in source else 20.0)
     (line,) = machine.problems
     assert line.startswith(f"rule plug-in {bad} {ABSENT[source]}")
-    assert line.endswith("; nothing is refused for it")
+    assert line.endswith("; what it refuses is not known")
+    assert unknown == [f"{line}, and was not refused"]
     assert machine.refused() == {"built in": [0]}
+
+
+def test_function_that_takes_no_context_has_declared_that_it_may_be_done_without(machine: Machine) -> None:
+    assert machine.ask(machine.plugin("def rule(): pass")) == []
+    (line,) = machine.problems
+    assert line.endswith(
+        "raised TypeError: rule() takes 0 positional arguments but 1 was given; nothing is refused for it"
+    )
+
+
+@pytest.mark.parametrize(
+    ("value", "why"),
+    [
+        ("no_such_module:rule", "No module named 'no_such_module'"),
+        ("json.no_such_module:rule", "No module named 'json.no_such_module'"),
+        ("no_such.module:rule", "No module named 'no_such'"),
+        ("json:no_such_function", "module 'json' has no attribute 'no_such_function'"),
+        ("json:JSONDecoder.no_such", "type object 'JSONDecoder' has no attribute 'no_such'"),
+        ("string:digits", "digits is '0123456789', expected a function"),
+        ("./no_such_file.py:rule", "./no_such_file.py: No such file or directory"),
+        ("/:rule", "/: Is a directory"),
+    ],
+)
+def test_what_was_asked_for_and_is_not_there_is_an_error(value: str, why: str, machine: Machine) -> None:
+    with pytest.raises(Error) as told:
+        machine.ask(plugins.named(value))
+    assert str(told.value) == f"rule plug-in {value} is not there: {why}"
+    assert machine.problems == []
+    assert len(machine.ask(Plugin(value, value))) == 1  # an installed one
+
+
+def test_module_that_was_asked_for_and_lacks_another_one_is_not_mistyped(machine: Machine) -> None:
+    asked = machine.plugin("import no_such_module")._replace(must_be_there=True)
+    (line,) = machine.ask(asked)
+    assert "raised ModuleNotFoundError: No module named 'no_such_module'; what it refuses is not known" in line
 
 
 @pytest.mark.parametrize("declares", ["('not-ram', None)", "('not-ram', (0, 1 << 70))", "('not-ram', ('a', 'b'))", "7"])
@@ -423,18 +470,80 @@ def test_installed_plug_ins_are_found_by_their_entry_points(site: Path) -> None:
     install_distribution(site, "two", "[console_scripts]\nx = y:z\n[oldmem.rules]\neins = n:f\n")
     problems = Problems()
     found = plugins.installed(problems)
-    assert found == [Plugin("eins", "m:f"), Plugin("eins", "n:f"), Plugin("zwei", "m.sub:a.b")]
+    assert found == ([Plugin("eins", "m:f"), Plugin("eins", "n:f"), Plugin("zwei", "m.sub:a.b")], [])
     assert problems == []
-    assert str(found[0]) == "eins (m:f)"
+    assert str(found[0][0]) == "eins (m:f)"
 
 
 def test_metadata_that_cannot_be_read_is_told_and_costs_the_installed_plug_ins_only(site: Path) -> None:
     install_distribution(site, "broken", "")
     (site / "broken-1.0.dist-info/entry_points.txt").write_bytes(b"[oldmem.rules]\n\xff\xfe = x:y\n")
     problems = Problems()
-    assert plugins.installed(problems) == []
+    found, unknown = plugins.installed(problems)
+    assert (found, unknown) == ([], problems)
     assert len(problems) == 1
     assert problems[0].startswith("entry points oldmem.rules: raised UnicodeDecodeError: ")
+
+
+def out_of_memory(_: object) -> None:
+    size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (size + (4 << 20),) * 2)
+    bytearray(64 << 20)
+
+
+DEATHS: dict[str, tuple[Callable[[object], object], str]] = {
+    "killed": (lambda _: os.kill(os.getpid(), signal.SIGKILL), "was ended by signal 9 (Killed)"),
+    "out of memory": (out_of_memory, "raised MemoryError: "),
+    "out of time": (lambda _: time.sleep(60), "gave no answer within 0.4 s"),
+    "without a word": (lambda _: os._exit(0), "ended without an answer"),
+    "no frame": (lambda _: None, "ended without an answer"),
+}
+
+
+@pytest.mark.parametrize("death", DEATHS)
+def test_status_is_4_where_the_search_for_plug_ins_died(
+    death: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from capture import cli
+
+    die, why = DEATHS[death]
+    monkeypatch.setattr(plugins, "_list", die)
+    monkeypatch.setattr(plugins, "TIMEOUT", 0.4 if death == "out of time" else 20.0)
+    assert cli.run(["header", "-q", "--machine", str(folder), "-o", "/dev/null"]) == cli.INCOMPLETE
+    line = f"oldmem: warning: entry points oldmem.rules: {why}; no installed rule plug-in is asked"
+    assert line in capfd.readouterr().err.splitlines()
+    with pytest.raises(Error, match=r"entry points oldmem\.rules"):
+        open_machine(str(folder))
+
+
+def test_status_is_4_and_other_plug_ins_are_asked_where_an_installed_one_is_broken(folder: Path, site: Path) -> None:
+    source = f"{HEAD}def rule(context): return deny_rule('x', RangeSet([(28 << 20, 29 << 20)]), 'x')"
+    entry_points = "[oldmem.rules]\na = no_such_module:rule\nb = sound:rule\nc = broken:rule\n"
+    install_distribution(site, "several", entry_points, sound=source, broken="os.kill(")
+    result = oldmem("map", "--json", "--machine", folder)
+    assert result.status == 4
+    assert any((e["refused_by"] or "") == "b: x" for e in json.loads(result.out)["entries"])
+    assert [line for line in result.warnings if line.endswith(", and was not refused")] == [
+        "rule plug-in a (no_such_module:rule) is not there: No module named 'no_such_module'; what it refuses is not "
+        "known, and was not refused",
+        "rule plug-in c (broken:rule) raised SyntaxError: '(' was never closed (broken.py, line 1); what it refuses is "
+        "not known, and was not refused",
+    ]
+    with pytest.raises(Error, match=r"rule plug-in a \(no_such_module:rule\) is not there"):
+        open_machine(str(folder))
+
+
+@pytest.mark.parametrize("by", ["option", "environment"])
+@pytest.mark.parametrize("value", ["no_such_module:rule", "./no_such_file:rule", "json:no_such"])
+def test_mistyped_rule_is_one_line_and_status_1(
+    value: str, by: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if by == "environment":
+        monkeypatch.setenv("OLDMEM_RULES", value)
+    result = oldmem("map", "--machine", folder, *(["--rule", value] if by == "option" else []))
+    assert (result.status, result.out) == (1, "")
+    (line,) = result.lines
+    assert line.startswith(f"oldmem: rule plug-in {value} is not there: ")
 
 
 @pytest.mark.parametrize("value", ["", "module", "module:", ":function", "/path/to/file.py"])
@@ -602,7 +711,7 @@ def test_a_file_added_to_an_initramfs_is_a_plug_in_there(tmp_path: Path) -> None
         "from guard import RangeSet, Registry, plugins\nfrom guard.witness.memory import Problems\n"
         "problems, registry = Problems(), Registry()\n"
         "context = plugins.Context(None, RangeSet(), 4096, '/', 'x86_64')\n"
-        "found = [*plugins.installed(problems), plugins.named('/etc/oldmem/rule_plugin.py:bad_pages')]\n"
+        "found = [*plugins.installed(problems)[0], plugins.named('/etc/oldmem/rule_plugin.py:bad_pages')]\n"
         "plugins.install(found, context, registry, problems)\n"
         "print(problems, [(r.name, *r.domain) for r in registry])\n"
     )

@@ -11,6 +11,7 @@ import subprocess
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -46,7 +47,6 @@ def test_file_has_every_byte(vmcore: Vmcore, tmp_path: Path) -> None:
     save(vmcore, str(out), io.StringIO())
     assert out.read_bytes() == vmcore.read(0, vmcore.size)
     assert os.listdir(tmp_path) == ["out"]
-    assert out.stat().st_mode & 0o777 == 0o600
 
 
 def test_zero_pages_become_holes(make_vmcore: MakeVmcore, tmp_path: Path) -> None:
@@ -93,16 +93,90 @@ def test_existing_file_is_replaced_only_by_a_whole_dump(
         rename(a, b)
 
     monkeypatch.setattr(os, "rename", watched)
-    save(vmcore, str(out), io.StringIO())
+    save(vmcore, str(out), io.StringIO(), overwrite=True)
     assert seen == [b"the dump of yesterday"]
     assert out.read_bytes() == vmcore.read(0, vmcore.size)
 
 
-def test_left_over_of_an_earlier_try_does_no_harm(vmcore: Vmcore, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["file", "link", "dangling link"])
+def test_existing_name_is_not_replaced_unless_that_is_asked_for(kind: str, vmcore: Vmcore, tmp_path: Path) -> None:
+    out, other = tmp_path / "out", tmp_path / "other"
+    if kind != "dangling link":
+        (out if kind == "file" else other).write_bytes(b"the dump of yesterday")
+    if kind != "file":
+        out.symlink_to(other)
+    before = out.lstat(), sorted(os.listdir(tmp_path))
+    with pytest.raises(Error) as told:
+        save(vmcore, str(out), io.StringIO())
+    assert str(told.value) == f"{out}: is there already (--overwrite: replace it)"
+    assert (out.lstat(), sorted(os.listdir(tmp_path))) == before
+    save(vmcore, str(out), io.StringIO(), overwrite=True)
+    assert not out.is_symlink()
+    assert out.read_bytes() == vmcore.read(0, vmcore.size)
+    assert not other.exists() or other.read_bytes() == b"the dump of yesterday"
+
+
+def test_name_that_is_taken_while_it_saves_is_not_replaced(
+    vmcore: Vmcore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+
+    def copied(*_: object) -> None:
+        out.write_bytes(b"of another")
+
+    monkeypatch.setattr(save_module, "copy", copied)
+    with pytest.raises(Error) as told:
+        save(vmcore, str(out), io.StringIO())
+    assert str(told.value) == f"{out}: File exists"
+    assert out.read_bytes() == b"of another"
+
+
+def test_left_over_of_an_earlier_try_is_replaced_and_told(vmcore: Vmcore, tmp_path: Path) -> None:
     (tmp_path / "out-incomplete").write_bytes(b"x" * (vmcore.size + 10 * PAGE))
-    save(vmcore, str(tmp_path / "out"), io.StringIO())
+    told: list[str] = []
+    save(vmcore, str(tmp_path / "out"), io.StringIO(), tell=told.append)
     assert (tmp_path / "out").read_bytes() == vmcore.read(0, vmcore.size)
     assert os.listdir(tmp_path) == ["out"]
+    assert told == [f"{tmp_path}/out-incomplete was left by an earlier save that did not end: it is replaced"]
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_planted_link_is_not_followed(overwrite: bool, vmcore: Vmcore, tmp_path: Path) -> None:
+    victim, planted = tmp_path / "victim", tmp_path / "out-incomplete"
+    victim.write_bytes(b"precious")
+    planted.symlink_to(victim)
+    with pytest.raises(Error) as told:
+        save(vmcore, str(tmp_path / "out"), io.StringIO(), overwrite)
+    assert str(told.value) == f"{planted}: is no regular file: neither written to nor removed"
+    assert victim.read_bytes() == b"precious"
+    assert sorted(os.listdir(tmp_path)) == ["out-incomplete", "victim"]
+
+
+def test_two_that_save_to_one_name_do_not_meet(vmcore: Vmcore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+    copy_ = save_module.copy
+
+    def meanwhile(*arguments: Any) -> None:
+        monkeypatch.setattr(save_module, "copy", copy_)
+        with pytest.raises(Error) as error:
+            save(vmcore, str(tmp_path / "out"), io.StringIO())
+        told.append(str(error.value))
+        copy_(*arguments)
+
+    monkeypatch.setattr(save_module, "copy", meanwhile)
+    save(vmcore, str(tmp_path / "out"), io.StringIO())
+    assert told == [f"{tmp_path}/out-incomplete: another process is writing it"]
+    assert (tmp_path / "out").read_bytes() == vmcore.read(0, vmcore.size)
+
+
+@pytest.mark.parametrize("umask", [0o000, 0o777], ids=oct)
+def test_only_the_user_may_read_it_whatever_the_umask(umask: int, vmcore: Vmcore, tmp_path: Path) -> None:
+    before = os.umask(umask)
+    try:
+        save(vmcore, str(tmp_path / "out"), io.StringIO())
+    finally:
+        os.umask(before)
+    assert (tmp_path / "out").stat().st_mode & 0o7777 == 0o600
 
 
 def test_fifo_gets_the_dense_stream(vmcore: Vmcore, tmp_path: Path) -> None:
@@ -120,8 +194,8 @@ def test_fifo_gets_the_dense_stream(vmcore: Vmcore, tmp_path: Path) -> None:
     [
         ("folder", r"/folder: Is a directory$"),
         ("nothing/there", r"/nothing/there-incomplete: No such file or directory$"),
-        ("file/below", r"/file/below-incomplete: Not a directory$"),
-        ("out", r"/out: Is a directory|/out-incomplete: Is a directory$"),
+        ("file/below", r"/file/below: Not a directory$"),
+        ("out", r"/out-incomplete: is no regular file: neither written to nor removed$"),
     ],
 )
 def test_output_that_cannot_be_written_is_one_line(out: str, line: str, vmcore: Vmcore, tmp_path: Path) -> None:
@@ -148,7 +222,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def test_full_disk_is_one_line_and_leaves_no_file_under_the_final_name(vmcore: Vmcore, small_disk: Path) -> None:
     (small_disk / "out").write_bytes(b"yesterday")
     with pytest.raises(Error) as caught:
-        save(vmcore, str(small_disk / "out"), io.StringIO())
+        save(vmcore, str(small_disk / "out"), io.StringIO(), overwrite=True)
     out = small_disk / "out"
     assert str(caught.value) == f"{out}: No space left on device; {out}-incomplete has what fitted"
     assert out.read_bytes() == b"yesterday"

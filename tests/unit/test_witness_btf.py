@@ -267,3 +267,41 @@ def test_an_error_of_the_reader_comes_through() -> None:
 
     with pytest.raises(WitnessError, match="not mapped"):
         layouts(read, len(data), {"victim": ("x",)})
+
+
+def types_with_a_last_one_to_find() -> tuple[MadeBtf, int]:
+    """More types than the index has one entry for, and where the record of its second one is."""
+    made = MadeBtf()
+    for number in range(35):
+        made.integer(f"int_{number}", 4)
+    made.structure("page", 64, [("flags", 35, 0)])
+    return made, 32 * 16
+
+
+@pytest.mark.parametrize("vlen", [5, 60000], ids=["up to the end", "beyond the end"])
+def test_types_that_change_between_two_passes_are_told_and_not_gone_through_for_ever(vlen: int) -> None:
+    made, at = types_with_a_last_one_to_find()
+    data = bytearray(made.section())
+    btf = Btf(lambda offset, size: of_bytes(bytes(data))(offset, size), len(data), ["page"])
+    assert len(made.types) - at == 12 + 12 * 5
+    struct.pack_into("=I", data, 24 + at + 4, 4 << 24 | vlen)  # now a structure, and large
+    with pytest.raises(WitnessError, match=r"BTF: types at .* are not what they were a moment ago"):
+        btf.layout("page", ["flags"])
+
+
+def test_type_that_is_called_otherwise_when_it_is_read_again_is_told() -> None:
+    made, _ = types_with_a_last_one_to_find()
+    data = made.section()
+    passed = 0
+
+    def read(offset: int, size: int) -> bytes:
+        nonlocal passed
+        piece = of_bytes(data)(offset, size)
+        if size == 12:
+            passed += 1
+            return b"\x07" + piece[1:]
+        return piece
+
+    with pytest.raises(WitnessError, match=r"BTF: types at .* are not what they were a moment ago"):
+        Btf(read, len(data), ["page"])
+    assert passed == 1

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from guard.errors import ReadError, WitnessError
 from guard.witness.vmcoreinfo import Vmcoreinfo, note_at
-from tests.unit.witness_memory import FakeMemory, vmcoreinfo_note
+from tests.unit.witness_memory import PAGE, FakeMemory, vmcoreinfo_note
 
 TEXT = (
     b"OSRELEASE=6.12.107+deb13-cloud-amd64\n"
@@ -158,3 +158,18 @@ def test_a_note_that_runs_out_of_memory_is_a_read_error() -> None:
     mem.write(0x7000, struct.pack("<III", 11, 8192, 0) + b"VMCOREINFO\0\0")
     with pytest.raises(ReadError):
         note_at(mem, 0x7000)
+
+
+@pytest.mark.parametrize("size", [len(TEXT) - 5, len(TEXT) + 40, 1 << 31])
+def test_a_note_that_changes_while_it_is_read_is_none(size: int) -> None:
+    mem = FakeMemory()
+    mem.write(0x1000, vmcoreinfo_note(TEXT) + bytes(PAGE))
+
+    class Changing(FakeMemory):
+        def read(self, paddr: int, size_: int) -> bytes:
+            data = mem.read(paddr, size_)
+            mem.write(0x1004, struct.pack("<I", size))
+            return data
+
+    with pytest.raises(WitnessError, match="vmcoreinfo at 0x1000: its header changed while it was read"):
+        note_at(Changing(), 0x1000)
