@@ -183,24 +183,25 @@ def settle(registry: Registry, env: Envelope, system_ram: RangeSet) -> None:
         registry.register(deny_rule("disputed", env.disputed, reason, page_size))
 
 
-def merged(runs: Callable[[], Iterator[Range]], bridges: RangeSet, most: int) -> tuple[list[Range], int]:
-    """The ascending *runs*, at most about *most* of them: those with the smallest gaps between become one, as long as
-    the gap lies in *bridges*. Also returns the largest gap that was bridged, 0 if none; *runs* is asked anew for each
-    try, so that no list of all has to be held."""
+def merged(runs: Callable[[], Iterator[Range]], bridges: RangeSet, most: int) -> tuple[list[Range], int] | None:
+    """The ascending *runs*, at most *most* of them: those with the smallest gaps between become one, as long as the gap
+    lies in *bridges*. Also returns the largest gap that was bridged, 0 if none; *runs* is asked anew for each try, so
+    that no list of all has to be held. None where too few gaps lie in *bridges*."""
     gap = 0
-    while True:
+    while gap <= WHOLE.end:
         found: list[Range] = []
         for run in runs():
             last = found[-1] if found else None
             if last and run.start - last.end <= gap and bridges.covers(last.end, run.start):
                 found[-1] = Range(last.start, run.end)
-            elif len(found) == most and gap < WHOLE.end:
+            elif len(found) == most:
                 break
             else:
                 found.append(run)
         else:
             return found, gap
         gap = 2 * gap or SMALLEST_BRIDGE
+    return None
 
 
 def largest(runs: Iterable[Range], most: int) -> tuple[list[Range], int, int]:
