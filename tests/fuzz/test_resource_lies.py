@@ -130,7 +130,8 @@ def test_more_ranges_of_ram_than_a_header_has_room_for(machine: Machine) -> None
     assert machine.run("map").status == 4
 
 
-def test_device_with_every_other_block_plugged(machine: Machine) -> None:
+def every_other_block(machine: Machine) -> tuple[int, int]:
+    """Gives it a device like that: start and end of its region."""
     blocks, size = of_size(1 << 15, 1 << 20), 2 * MIB
     base = 1 << 42
     machine.image("v", blocks * size)
@@ -144,13 +145,27 @@ def test_device_with_every_other_block_plugged(machine: Machine) -> None:
     device |= {"plugged_size": blocks * size // 2, "requested_size": blocks * size // 2}
     machine.document["virtio_mem"] = [{**device, "plugged": plugged, "image": "v"}]
     machine.write()
+    return base, base + blocks * size
+
+
+def test_device_with_every_other_block_plugged(machine: Machine) -> None:
+    _, end = every_other_block(machine)
     loads, result = machine.loads()
     assert (result.status, len(loads) <= MOST_LOADS) == (0, True)
     assert any("bridge gaps of up to " in line for line in result.warnings)
     assert min(loads)[0] == RAM[0]
-    assert max(loads)[1] == base + (blocks - 1) * size
+    assert max(loads)[1] == end - 2 * MIB
     for words in (("guard", "-o", machine.folder / "guard"), ("plug",)):
         assert machine.run(*words).status == 0
+
+
+@pytest.mark.xfail(FULL, reason="the JSON map is held in memory as a whole: 2 GB for 2^20 pieces", strict=True)
+def test_map_of_a_device_with_every_other_block_plugged(machine: Machine) -> None:
+    start, end = every_other_block(machine)
+    result = machine.run("map", "--json")
+    assert result.status == 0
+    entries = json.loads(result.out)["entries"]
+    assert sum(start <= e["start"] < end for e in entries) == (end - start) // (2 * MIB)
 
 
 @pytest.mark.parametrize("flags", [1, 3], ids=["ram", "hot-pluggable"])
