@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from itertools import pairwise
+from itertools import islice, pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
 from capture import elfcore, envelope, losses, memory_map
@@ -57,6 +57,8 @@ class Dump:
     ) -> None:
         self.machine, self.layout, self.mode = machine, layout, mode
         self.shape: Shape | None = None  # of a header that was built, not taken over
+        self.left_out = RangeSet()
+        """What may be read and the header has no room for; of very much the first runs."""
         self.arch = machine.arch
         if machine.header_is_the_kernels and mode != PRELOADED:
             self.mode = PRELOADED
@@ -144,15 +146,29 @@ class Dump:
         if ranges is not None:
             ranges = self._inside(ranges)
         else:
-            ranges, gap = memory_map.merged(self.readable_runs, self.envelope.all - self.machine.own, MAX_LOADS)
+            ranges = self._ranges()
+        core = self.served(shape, ([shape.text] if shape.text else []) + [shape.load(r) for r in ranges])
+        self.shape = shape.within(core.header, core.phdrs[0].offset)
+        return core
+
+    def _ranges(self) -> list[Range]:
+        """The PT_LOAD ranges of layout cut; tells what a header of that size cannot have."""
+        bridges = self.envelope.all - self.machine.own
+        if found := memory_map.merged(self.readable_runs, bridges, MAX_LOADS):
+            ranges, gap = found
             if gap:
                 self.problems.note(
                     f"memory in more than {MAX_LOADS} runs: PT_LOADs bridge gaps of up to {gap:#x} bytes; "
                     "what lies in them is refused and reads as zeros"
                 )
-        core = self.served(shape, ([shape.text] if shape.text else []) + [shape.load(r) for r in ranges])
-        self.shape = shape.within(core.header, core.phdrs[0].offset)
-        return core
+            return ranges
+        ranges, count, size = memory_map.largest(self.readable_runs(), MAX_LOADS)
+        self.problems.note(
+            f"memory in more than {MAX_LOADS} runs, no memory between: {count} of them, {size:#x} bytes, are left out"
+        )
+        listed = set(ranges)
+        self.left_out = RangeSet(islice((run for run in self.readable_runs() if run not in listed), losses.MOST))
+        return ranges
 
     def _inside(self, ranges: list[Range]) -> list[Range]:
         """*ranges*, which are the dead kernel's word, as far as they lie in the envelope, whose ends need not be those
@@ -169,6 +185,7 @@ class Dump:
         if text is None:
             return None
         ram = self.envelope.all & self.arch.system_ram if self.arch.system_ram else self.envelope.all
+        ram -= self.machine.own | self.arch.reserved
         place = ram.outer_pages(self.machine.page_size).find(text.paddr)
         if place and text.paddr + text.size <= place.end:
             return text

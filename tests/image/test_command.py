@@ -8,12 +8,12 @@ import filecmp
 import json
 import os
 import re
+import select
 import shutil
 import signal
 import stat
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,12 +21,13 @@ import pytest
 
 from tests.image.conftest import Recorded
 from tests.image.machines import oldmem, phdrs_of
+from tests.pace import patience, wait_until
 
 
 def shell(line: str, *arguments: str | Path, timeout: float = 60.0) -> subprocess.CompletedProcess[bytes]:
     """Run a line of bash; $0, $1... are *arguments*."""
     command = f"oldmem() {{ '{sys.executable}' -m capture \"$@\"; }}; {line}"
-    done = subprocess.run(["bash", "-c", command, *map(str, arguments)], capture_output=True, timeout=timeout)
+    done = subprocess.run(["bash", "-c", command, *map(str, arguments)], capture_output=True, timeout=patience(timeout))
     assert b"Traceback" not in done.stderr
     assert b"Exception ignored" not in done.stderr
     return done
@@ -163,9 +164,8 @@ def test_save_that_is_killed_at_any_moment_leaves_no_dump_by_its_final_name(
     command += ["--machine", str(small_machine.folder), "-o", str(out)]
     for size in (1, 1 << 20, 3 << 20, 5 << 20):  # of what is written so far
         saving = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-        end = time.monotonic() + 60
         part = tmp_path / "out-incomplete"
-        while saving.poll() is None and time.monotonic() < end:
+        while saving.poll() is None:
             with contextlib.suppress(FileNotFoundError):
                 if part.stat().st_blocks * 512 >= size:
                     break
@@ -189,13 +189,8 @@ def test_interrupted_save_leaves_no_dump_by_its_final_name(
     command = [sys.executable, "-m", "capture", "save", "--machine", str(small_machine.folder), "-o", str(fifo)]
     saving = subprocess.Popen(command, stderr=subprocess.PIPE)
     try:
-        end = time.monotonic() + 20
-        while time.monotonic() < end:  # until it has written something, and waits for us to read more
-            try:
-                if os.read(reader, 1):
-                    break
-            except BlockingIOError:
-                time.sleep(0.01)
+        # until it has written something, and waits for us to read more
+        wait_until("something written", lambda: select.select([reader], [], [], 0)[0] and os.read(reader, 1))
         saving.send_signal(number)
         err = saving.communicate(timeout=20)[1]
     finally:

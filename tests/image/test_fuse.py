@@ -20,6 +20,7 @@ import pytest
 
 from tests.image.conftest import Recorded
 from tests.image.machines import BLOCK, PAGE, oldmem, phdrs_of
+from tests.pace import patience, wait_until
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0 or not os.path.exists("/dev/fuse"), reason="needs root and /dev/fuse")
 
@@ -61,15 +62,6 @@ def server_and_standby(target: Path) -> tuple[int, int]:
     return pairs[0]
 
 
-def wait_until(what: str, done: object, seconds: float = 10.0) -> None:
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if done():  # type: ignore[operator]
-            return
-        time.sleep(0.02)
-    pytest.fail(f"{what}: not within {seconds:.0f} s")
-
-
 def wait_until_gone(target: Path) -> None:
     wait_until("mount gone", lambda: not mounts_on(target))
     wait_until("processes gone", lambda: not processes_of(target))
@@ -81,7 +73,7 @@ def ask(code: str, *arguments: str | Path | int, timeout: float = 60.0) -> str:
         [sys.executable, "-c", "import os, sys\n" + code, *map(str, arguments)],
         capture_output=True,
         text=True,
-        timeout=timeout,
+        timeout=patience(timeout),
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
