@@ -23,7 +23,8 @@ import pytest
 
 from guard import child
 from tests.image.conftest import Recorded
-from tests.image.test_fuse import mounts_on, wait_until
+from tests.image.test_fuse import mounts_on
+from tests.pace import wait_until
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0 or not os.path.exists("/dev/fuse"), reason="needs root and /dev/fuse")
 
@@ -237,7 +238,7 @@ def test_command_in_the_foreground_leaves_nothing_whenever_it_is_killed(
     for n in range(2 * KILLS):
         command = commands.start("foreground")
         for what in ("server", "standby", "mount")[: n % 4]:
-            wait_until(what, lambda c=command, w=what: c.mounted() if w == "mount" else c.servers(), LONG)
+            wait_until(what, command.mounted if what == "mount" else command.servers, LONG)
         time.sleep(rng.uniform(0, 0.02))
         seen["mounted" if command.mounted() else "not yet mounted"] += 1
         os.kill(command.pid, number)
