@@ -78,11 +78,14 @@ def main() -> None:
         name, how, folder, over, killing.whom, line, number = words.rstrip("\n").split("\t")
         killing.line, killing.number, killing.children = int(line), int(number), 0
         killing.state[0] = WAITING
+        # a signal between fork(2) and what the interpreter does after it is forgotten there (PyOS_AfterFork_Child())
+        signal.pthread_sigmask(signal.SIG_BLOCK, service.STOP_SIGNALS)
         pid = os.fork()
         if not pid:
             code = 1
             try:
                 signal.signal(signal.SIGINT, signal.default_int_handler)
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, service.STOP_SIGNALS)
                 lib.prctl(PR_SET_NAME, ffi.new("char[]", name.encode()))
                 sys.settrace(killing.trace)
                 command(dump, how, folder, over)
@@ -92,6 +95,7 @@ def main() -> None:
             finally:
                 sys.settrace(None)
                 os._exit(code)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, service.STOP_SIGNALS)
         print(pid, flush=True)
         status = os.waitpid(pid, 0)[1]
         print(status, int(killing.state[0] == KILLED), flush=True)
