@@ -167,7 +167,7 @@ class WholeMachine:
             dump = self._dump(layout, asked)
             try:
                 assert (dump.problems, dump.lost()) == ([], RangeSet())
-                self.sound[layout] = Sound(dump.readable(), listed(dump), dump.memory.c.bytes_read)
+                self.sound[layout] = Sound(dump.readable(), listed(dump), dump.memory.bytes_read)
                 self.allowed = dump.envelope.boot | RangeSet(d.region for d in dump.machine.devices)
                 self.own = dump.machine.own
                 assert dump.arch.dead is not None
@@ -222,8 +222,8 @@ class WholeMachine:
         yield from bad_lines(list(dump.problems))
         sound, lost = self.sound[run.layout], dump.lost()
         told = bool(dump.problems or lost)
-        if dump.memory.c.bytes_read > MOST_READ * sound.bytes_read:
-            yield f"too much is read: {dump.memory.c.bytes_read} bytes, {sound.bytes_read} of the sound machine"
+        if dump.memory.bytes_read > MOST_READ * sound.bytes_read:
+            yield f"too much is read: {dump.memory.bytes_read} bytes, {sound.bytes_read} of the sound machine"
         try:
             shown = listed(dump).outer_pages(PAGE)
         except (ELFError, AssertionError) as e:

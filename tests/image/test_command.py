@@ -282,4 +282,5 @@ def test_init_over_a_recorded_machine_in_a_mount_namespace_of_its_own(
     lines = done.stdout.decode().splitlines()
     assert lines[0].startswith("oldmem: guarded vmcore at /run/oldmem/vmcore (")
     assert lines[1:] == ["guard.json", "map.json", "vmcore", "vmcore.direct", "ELF", "1"]
-    assert done.stderr == b"oldmem: something is mounted on /run/oldmem already; umount it first\n"
+    ours = "is served already, by another oldmem that is alive: end that first, by oldmem done or umount -l /run/oldmem"
+    assert done.stderr.decode() == f"oldmem: /run/oldmem {ours}\n"
