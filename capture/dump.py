@@ -181,8 +181,8 @@ class Dump:
         return [piece for r in ranges for piece in RangeSet([r]) & env]
 
     def _text_inside(self, text: Load | None) -> Load | None:
-        """*text*, which is the dead kernel's word, as far as it lies in one piece of RAM; tells what does not. Where the
-        kernel builds its header by itself, ours is that one, and RAM is what an image holds, which may be a part."""
+        """*text*, which is the dead kernel's word, as far as it lies in one piece of RAM; tells what does not. Where
+        the kernel builds its header by itself, ours is that one, and RAM is what an image holds, maybe a part."""
         if text is None or self.arch.kernel_builds_header:
             return text
         ram = self.envelope.all & self.arch.system_ram if self.arch.system_ram else self.envelope.all
