@@ -26,6 +26,13 @@ def seconds(text: str) -> float:
     return value
 
 
+def name(text: str) -> str:
+    """A file's. Raises ValueError for the empty one, which an unset variable of a script leads to."""
+    if not text:
+        raise ValueError
+    return text
+
+
 def parser(version: str) -> argparse.ArgumentParser:
     """The parser; ``command`` is the name of the subcommand."""
     top = argparse.ArgumentParser(
@@ -38,8 +45,12 @@ def parser(version: str) -> argparse.ArgumentParser:
     machine = argparse.ArgumentParser(add_help=False, formatter_class=_Help)
     group = machine.add_argument_group("machine (default: the one that this capture kernel came from)")
     which = group.add_mutually_exclusive_group()
-    which.add_argument("--machine", metavar="DIR", help="a recorded machine: folder with machine.json and images")
-    which.add_argument("--image", metavar="FILE", help="an image of all RAM of an s390x machine, and nothing beside it")
+    which.add_argument(
+        "--machine", type=name, metavar="DIR", help="a recorded machine: folder with machine.json and images"
+    )
+    which.add_argument(
+        "--image", type=name, metavar="FILE", help="an image of all RAM of an s390x machine, and nothing beside it"
+    )
     group.add_argument("--loop", action="store_true", help="attach images as read-only loop devices")
     group.add_argument("--source", choices=("auto", "devmem", "vmcore"), default="auto", help="where to read memory")
     group.add_argument("--force", action="store_true", help="go on where this does not look like a capture kernel")
@@ -68,6 +79,7 @@ def parser(version: str) -> argparse.ArgumentParser:
         )
     layout.add_argument(
         "--vmlinux",
+        type=name,
         metavar="FILE",
         help="the dead kernel's vmlinux: symbols and layouts where its VMCOREINFO note is missing or cut",
     )
@@ -103,26 +115,32 @@ def parser(version: str) -> argparse.ArgumentParser:
     p = command("plug", "virtio-mem devices and their plug bitmaps", machine)
     p.add_argument("--json", action="store_true")
     p = command("header", "the header alone, as the vmcore starts", *both)
-    p.add_argument("-o", "--output", metavar="FILE", required=True, help='"-" for standard output')
+    p.add_argument("-o", "--output", type=name, metavar="FILE", required=True, help='"-" for standard output')
     p = command("guard", "the rules as a compiled guard, which C programs ask", *both)
-    p.add_argument("-o", "--output", metavar="FILE", required=True, help='"-" for standard output')
+    p.add_argument("-o", "--output", type=name, metavar="FILE", required=True, help='"-" for standard output')
     p = command("mount", "serve the vmcore over a file, or as a folder", *both)
-    p.add_argument("target", help="a file (/proc/vmcore too) or a folder")
+    p.add_argument("target", type=name, help="a file (/proc/vmcore too) or a folder")
     p.add_argument("--foreground", action="store_true", help="stay until unmounted or interrupted")
     p.add_argument("--direct", action="store_true", help="a file without page cache: for dd and other large reads")
     p = command("save", "guarded copy, sparse, with progress", *both)
-    p.add_argument("-o", "--output", metavar="OUT", required=True, help='"-" streams to standard output')
+    p.add_argument("-o", "--output", type=name, metavar="OUT", required=True, help='"-" streams to standard output')
     p.add_argument("--overwrite", action="store_true", help="replace OUT where there is such a file")
     p = command("run", "run a collector with the vmcore inside its own process", *both)
     p.add_argument(
-        "--vmcore", metavar="FILE", default="/proc/vmcore", help="what the collector opens (default: /proc/vmcore)"
+        "--vmcore",
+        type=name,
+        metavar="FILE",
+        default="/proc/vmcore",
+        help="what the collector opens (default: /proc/vmcore)",
     )
-    p.add_argument("--report", metavar="FILE", help="where to write what was refused and what could not be read")
+    p.add_argument(
+        "--report", type=name, metavar="FILE", help="where to write what was refused and what could not be read"
+    )
     p.add_argument("argv", metavar="COMMAND", nargs="+", help="a dynamically linked program, and its arguments")
     p = command("check", "verify a vmcore")
-    p.add_argument("file")
+    p.add_argument("file", type=name)
     p = command("record", "write this machine's state as a folder for --machine", *both)
-    p.add_argument("folder")
+    p.add_argument("folder", type=name)
     p.add_argument(
         "--minimal",
         action="store_true",
@@ -136,8 +154,10 @@ def parser(version: str) -> argparse.ArgumentParser:
     place.add_argument("--in-place", dest="place", action="store_const", const="in-place", help=about)
     about = "the header in locked pages of our own (default: where the other place has no room)"
     place.add_argument("--pinned", dest="place", action="store_const", const="pinned", help=about)
-    group.add_argument("--kernel", metavar="FILE", help="image of the running kernel (default: found)")
-    group.add_argument("--initramfs", metavar="FILE", help="its initramfs (default: found, or the running one packed)")
+    group.add_argument("--kernel", type=name, metavar="FILE", help="image of the running kernel (default: found)")
+    group.add_argument(
+        "--initramfs", type=name, metavar="FILE", help="its initramfs (default: found, or the running one packed)"
+    )
     p = command("stage2", "kexec once more, so that the kernel serves the vmcore itself", *both, second)
     p.add_argument("-n", "--dry-run", action="store_true", help="say what would be done, and do nothing")
     about = "the capture-kernel step: a guarded vmcore where collectors look for it"

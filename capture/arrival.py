@@ -79,7 +79,7 @@ class Arrival:
     def report(self, folder: str = FOLDER) -> None:
         """Lay the reports of the stage before at *folder*. Raises Error."""
         try:
-            os.makedirs(folder, exist_ok=True)
+            os.makedirs(folder, 0o755, exist_ok=True)
             for name in (stage_state.MAP, stage_state.GUARD):
                 whole_file.replace(f"{folder}/{name}", self._state.get(name, b"{}\n"))
         except OSError as e:

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 VERSION = "0.1.0"
 DONE, FAILED, NOT_CAPTURE, INCOMPLETE = 0, 1, 3, 4  # 2, usage, is argparse's
 MAX_LINES = 64  # of one kind on the console
+# What an error that names no file is about, if not the standard output
+UNNAMED = {errno.ENOENT: "working directory", errno.EMFILE: "", errno.ENFILE: "", errno.ENOMEM: "", errno.ENOSYS: ""}
 
 
 def open_machine(args: argparse.Namespace) -> Machine:
@@ -216,14 +218,22 @@ def _hand_over(args: argparse.Namespace) -> int:
 def cmd_done(args: argparse.Namespace) -> int:
     from capture.done import end
 
-    return incomplete(end())
+    lines, not_kept = end()
+    status = incomplete(lines)
+    if not_kept:
+        tell(not_kept)
+    return FAILED if not_kept else status
 
 
 def _and_command(argv: list[str], status: int) -> int:
     """Run the collector, if there is one; its exit status, or *status* where that is 0."""
-    from capture.programs import spawn
+    from capture.programs import CommandError, spawn
 
-    return (spawn(argv) or status) if argv else status
+    try:
+        return (spawn(argv) or status) if argv else status
+    except CommandError as e:
+        tell(str(e))
+        return e.status
 
 
 def _stage2_options(args: argparse.Namespace) -> stage2.Options:
@@ -282,18 +292,24 @@ def cmd_run(args: argparse.Namespace) -> int:
 
 def _inside(dump: Dump, argv: list[str], vmcore: str, to: str | None = None) -> int:
     """A collector with the vmcore inside of its process, and the report written to the file *to*."""
-    from capture.run import CommandError, run
+    from capture.programs import CommandError
+    from capture.run import run
 
     try:
         status = run(dump, argv, vmcore)
     except CommandError as e:
         tell(str(e))
         return e.status
-    if to:
-        from capture import report
+    from capture import report
 
-        write_out(report.as_json(report.guard_json(dump, report.MOST_SERVED)), to)
+    said = report.as_json(report.guard_json(dump, report.MOST_SERVED)) if to else b""
     ended = finished(dump)
+    if to:
+        try:
+            write_out(said, to)
+        except Error as e:  # what was lost has been told, and the command's own status counts
+            tell(str(e))
+            ended = FAILED
     return status or ended
 
 
@@ -359,8 +375,7 @@ def main() -> NoReturn:
         if isinstance(e, BrokenPipeError):
             code = 128 + signal.SIGPIPE
         else:
-            unnamed = "working directory" if e.errno == errno.ENOENT else "standard output"
-            tell(f"{e.filename or unnamed}: {e.strerror}")
+            tell(": ".join(filter(None, (e.filename or UNNAMED.get(e.errno or 0, "standard output"), e.strerror))))
             code = FAILED
         give_up(1)
     try:

@@ -6,6 +6,7 @@ them; this asks it, takes its mounts away, and leaves the reports where they wer
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Iterator
@@ -23,10 +24,11 @@ _MOST_REPORT = 64 << 20  # bytes
 _PIECE = 1 << 20
 
 
-def end(folder: str = FOLDER, over: str = procvmcore.PATH) -> list[str]:
+def end(folder: str = FOLDER, over: str = procvmcore.PATH) -> tuple[list[str], str]:
     """End the service at *folder* and over the file *over*, if there is one; a line for all that the vmcore lacked,
-    that reads lost, or that drivers added too late. To be called again it needs nothing but the reports. Raises Error
-    where no report is to be had: then nothing tells what was lost."""
+    that reads lost, or that drivers added too late, and why the reports could not be kept ("": they were). To be called
+    again it needs nothing but the reports. Raises Error where no report is to be had: then nothing tells what was lost.
+    """
     there = mounts_on(folder)
     source = there[-1].source if there and there[-1].kind == KIND else None
     try:
@@ -34,13 +36,14 @@ def end(folder: str = FOLDER, over: str = procvmcore.PATH) -> list[str]:
     finally:
         if source:
             unmount_all([folder, over], source)
+    not_kept = ""
     if source:
         try:
             for name, data in reports.items():
                 whole_file.replace(f"{folder}/{name}", data)
         except OSError as e:
-            raise Error(f"{e.filename or folder}: {e.strerror}") from None
-    return list(_lost(reports[GUARD], f"{folder}/{GUARD}"))
+            not_kept = f"{e.filename or folder}: {e.strerror}: the report is not kept"
+    return list(_lost(reports[GUARD], f"{folder}/{GUARD}")), not_kept
 
 
 def _read(path: str) -> bytes:
@@ -57,7 +60,7 @@ def _read(path: str) -> bytes:
 
 
 def _copy(path: str, fd: int) -> None:
-    with open(path, "rb", buffering=0) as file:
+    with contextlib.suppress(FileNotFoundError), open(path, "rb", buffering=0) as file:
         size = 0
         while size < _MOST_REPORT and (data := file.read(_PIECE)):
             size += os.write(fd, data)

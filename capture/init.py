@@ -53,7 +53,7 @@ def bring_up(
         make_room(target, tell)
         if mounts_on(target):
             raise Error(f"something is mounted on {target} already; umount it first")
-    os.makedirs(folder, exist_ok=True)
+    os.makedirs(folder, 0o755, exist_ok=True)  # where all started by init, the umask may be 0
     server = FuseServer(dump.vmcore, folder, texts(dump))
     with Service(server, [folder, over]) as service:
         server.mount()

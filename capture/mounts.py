@@ -24,6 +24,7 @@ MNT_DETACH = 2
 KIND = "fuse.oldmem"
 """Type of the mounts that are ours, also of what is bind-mounted from them."""
 
+_LIST = "/proc/self/mountinfo"
 _ANSWER = 5.0  # seconds that a living server may take for a word about itself
 _MOST_LINKS = 40  # as the kernel follows (include/linux/namei.h:MAXSYMLINKS)
 
@@ -69,19 +70,23 @@ def resolved(path: str) -> str:
 
 
 def mounts_on(target: str) -> list[Mounted]:
-    """What is mounted on *target*, the topmost last. Nothing where there is no /proc to tell."""
+    """What is mounted on *target*, the topmost last. Raises Error where there is no /proc to tell."""
     wanted = os.fsencode(resolved(target))
     return [mounted for point, mounted in _listed() if point == wanted]
 
 
 def mount_points(kind: str) -> list[str]:
-    """Where file systems of this type are mounted."""
+    """Where file systems of this type are mounted. Raises Error where there is no /proc to tell."""
     return [os.fsdecode(point) for point, mounted in _listed() if mounted.kind == kind]
 
 
 def _listed() -> Iterator[tuple[bytes, Mounted]]:
     """All mounts that this process sees, each with the place that it is mounted on."""
-    with contextlib.suppress(FileNotFoundError), open("/proc/self/mountinfo", "rb") as file:
+    try:
+        file = open(_LIST, "rb")  # noqa: SIM115
+    except OSError as e:
+        raise Error(f"{_LIST}: {e.strerror}: nothing tells what is mounted") from None
+    with file:
         for line in file:
             fields = line.split()
             rest = fields.index(b"-", 6)

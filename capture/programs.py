@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import struct
@@ -11,6 +12,24 @@ from collections.abc import Sequence
 from guard.errors import Error
 
 EI_CLASS, EI_DATA, ELFCLASS64, ELFDATA2MSB, PT_INTERP = 4, 5, 2, 2, 3  # include/uapi/linux/elf.h
+
+
+NOT_EXECUTABLE, NOT_FOUND = 126, 127  # as env(1), nice(1) and timeout(1) end
+
+
+class CommandError(Error):
+    """The command cannot be run, and ends with *status*."""
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+def why_not(command: str, error: OSError | ValueError) -> CommandError:
+    """What starting *command* failed with, told as env(1) does. ValueError is how an empty name is refused."""
+    number = error.errno or errno.EINVAL if isinstance(error, OSError) else errno.ENOENT
+    status = NOT_FOUND if number == errno.ENOENT else NOT_EXECUTABLE
+    return CommandError(f"{command or repr(command)}: {os.strerror(number)}", status)
 
 
 def find(name: str) -> str | None:
@@ -39,11 +58,11 @@ def is_static(command: str) -> bool:
 
 
 def spawn(command: Sequence[str]) -> int:
-    """Run *command* as it is; its exit status, as a shell tells it."""
+    """Run *command* as it is; its exit status, as a shell tells it. Raises CommandError."""
     try:
         pid = os.posix_spawnp(command[0], list(command), os.environ)
-    except OSError as e:
-        raise Error(f"{command[0]}: {e.strerror}") from None
+    except (OSError, ValueError) as e:
+        raise why_not(command[0], e) from None
     return wait(pid)
 
 

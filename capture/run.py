@@ -9,7 +9,6 @@ read(2) and mmap(2) of that file fast: it maps the files that show old memory in
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import signal
 import sys
@@ -20,28 +19,18 @@ from capture.dump import Dump
 from capture.fuse import FuseServer
 from capture.mounts import MS_BIND, mount, mount_points, unmount
 from capture.plan import Plan
-from capture.programs import wait
+from capture.programs import NOT_EXECUTABLE, CommandError, wait, why_not
 from capture.service import Service
 from guard._core import ffi, lib
 from guard.errors import Error
 
 LIBRARY = os.path.join(os.path.dirname(os.path.abspath(__file__)), "_preload.abi3.so")
 PLAN_VARIABLE = "OLDMEM_RUN"
-NOT_EXECUTABLE, NOT_FOUND = 126, 127  # as env(1), nice(1) and timeout(1) end
-
 # include/uapi/linux: sched.h, mount.h
 CLONE_NEWNS = 0x00020000
 MS_REC, MS_SLAVE = 16384, 1 << 19
 
 FORWARDED = (signal.SIGTERM, signal.SIGHUP)
-
-
-class CommandError(Error):
-    """The command cannot be run, and ends with *status*."""
-
-    def __init__(self, message: str, status: int) -> None:
-        super().__init__(message)
-        self.status = status
 
 
 def _own_namespace() -> None:
@@ -74,20 +63,20 @@ def _kernels(dump: Dump) -> Iterator[str]:
 
 def _become(command: Sequence[str], plan: Plan, tell: int) -> NoReturn:
     """The child's part; what goes wrong is written to the pipe *tell*: status, and a line."""
-    status, line = NOT_EXECUTABLE, ""
+    error = CommandError("it could not be started", NOT_EXECUTABLE)
     try:
         os.environ[PLAN_VARIABLE] = f"/proc/{os.getppid()}/fd/{plan.fd}"
         os.environ["LD_PRELOAD"] = ":".join(filter(None, [LIBRARY, os.environ.get("LD_PRELOAD")]))
         for ignored in (signal.SIGPIPE, signal.SIGXFSZ):  # by the interpreter, for itself
             signal.signal(ignored, signal.SIG_DFL)
         os.execvp(command[0], list(command))
-    except OSError as e:
-        status = NOT_FOUND if e.errno == errno.ENOENT else NOT_EXECUTABLE
-        line = f"{command[0]}: {e.strerror}"
+    except (OSError, ValueError) as e:
+        error = why_not(command[0], e)
     except BaseException as e:
-        line = str(e)
-    os.write(tell, bytes([status]) + line.encode())
-    os._exit(status)
+        error = CommandError(str(e), NOT_EXECUTABLE)
+    finally:
+        os.write(tell, bytes([error.status]) + os.fsencode(str(error)))
+        os._exit(error.status)
 
 
 def _start(command: Sequence[str], plan: Plan) -> int:
@@ -104,7 +93,7 @@ def _start(command: Sequence[str], plan: Plan) -> int:
         said = pipe.read()
     if said:
         os.waitpid(pid, 0)
-        raise CommandError(said[1:].decode(), said[0])
+        raise CommandError(os.fsdecode(said[1:]), said[0])
     return pid
 
 

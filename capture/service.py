@@ -109,6 +109,7 @@ class _Worker:
                 os.dup2(null, fd)
             with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w", encoding="ascii") as file:
                 file.write("-1000")
+            _let_go()
             self._settle()
             self._fork()
             if self.other is None:
@@ -226,6 +227,17 @@ class _Worker:
         self.shared.stopping = 1
         unmount_all(self.undo, self.server.source)
         os._exit(0)
+
+
+def _let_go() -> None:
+    """Of what is the caller's: its working directory, which could not be unmounted, and the descriptors that it has
+    left to its programs, whose locks and pipes would not end. All of our own are close-on-exec."""
+    os.chdir("/")
+    with contextlib.suppress(OSError):
+        for fd in map(int, os.listdir("/proc/self/fd")):
+            with contextlib.suppress(OSError):  # that of the list itself
+                if fd > 2 and os.get_inheritable(fd):
+                    os.close(fd)
 
 
 class Service:

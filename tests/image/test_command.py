@@ -255,9 +255,18 @@ def test_only_a_live_machine_is_recorded(small_machine: Recorded, tmp_path: Path
 def test_folder_may_be_named_by_a_relative_path(small_machine: Recorded, tmp_path: Path) -> None:
     done = shell('cd "$0" && oldmem plug --json --machine .', small_machine.folder)
     assert json.loads(done.stdout)["devices"][0]["block_size"] == 2 << 20
-    done = shell('cd "$0" && oldmem plug --machine ""', tmp_path)
+    done = shell('cd "$0" && oldmem plug --machine .', tmp_path)
     assert done.returncode == 1
-    assert done.stderr == b"oldmem: machine.json: No such file or directory\n"
+    assert done.stderr == b"oldmem: ./machine.json: No such file or directory\n"
+
+
+def test_name_that_is_not_utf_8_is_written_and_told(small_machine: Recorded, tmp_path: Path) -> None:
+    """In a locale whose standard output takes no such name."""
+    line = 'cd "$1"; export PYTHONIOENCODING=utf-8:strict; oldmem record --minimal --machine "$0" $\'r\\xff\''
+    done = shell(line, small_machine.folder, tmp_path)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert done.stdout.endswith(b" in r\\udcff\n")
+    assert os.listdir(os.fsencode(tmp_path)) == [b"r\xff"]
 
 
 def test_init_over_a_recorded_machine_in_a_mount_namespace_of_its_own(

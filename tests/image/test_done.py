@@ -133,6 +133,67 @@ def test_done_tells_what_reads_lost_after_init_had_gone_well(small: RecordedKern
     assert line.endswith(" could not be read and is zeros: No data available")
 
 
+@needs_fuse
+def test_report_that_cannot_be_kept_does_not_hide_what_reads_lost(small: RecordedKernel, tmp_path: Path) -> None:
+    script = f"""
+        mount -o remount,size=64k /run; o init -q --machine "$0" >/dev/null; echo init $?
+        truncate -s {LOW[1] + 4 * PAGE} "$0/ram.raw"
+        cat /run/oldmem/vmcore.direct >/dev/null
+        cat /dev/zero >/run/full 2>/dev/null
+        o done; echo done $?
+        grep -c "oldmem.* /run/oldmem " /proc/self/mountinfo; ls /run/oldmem
+    """
+    lines = in_namespace(tmp_path / "machine", script, tmp_path)
+    assert (lines[0], lines[3:]) == ("init 0", ["done 1", "0"])
+    assert lines[1].endswith(" could not be read and is zeros: No data available")
+    assert lines[2] == "oldmem: /run/oldmem/guard.json: No space left on device: the report is not kept"
+
+
+@needs_fuse
+@pytest.mark.parametrize("to", [">&-", ">/dev/full", ">&- 2>&- <&-"])
+def test_init_whose_words_nobody_takes_serves_and_runs_its_command(
+    to: str, small: RecordedKernel, tmp_path: Path
+) -> None:
+    script = f"""
+        o init -q --machine "$0" -- head -c4 /run/oldmem/vmcore {to}; echo init $?
+        o done; echo done $?
+        o init -q --machine "$0" {to}; echo init $?
+        o init -q --machine "$0" -- no-such-command >/dev/null; echo refused $?
+        o done; echo done $?
+        o init -q --machine "$0" -- no-such-command >/dev/null; echo init $?
+        o done; echo done $?
+    """
+    lines = in_namespace(tmp_path / "machine", script, tmp_path)
+    told = [line for line in lines if not line.startswith(("head: ", "oldmem: "))]
+    assert told == ["init 1", "done 0", "init 0", "refused 1", "done 0", "init 127", "done 0"]
+
+
+@needs_fuse
+def test_service_keeps_nothing_of_its_callers(small: RecordedKernel, tmp_path: Path) -> None:
+    """Working directory, lock, pipe; nor is its folder for all to write to where the umask is 0."""
+    script = """
+        umask 0
+        mkdir /run/on; mount -t tmpfs none /run/on; cd /run/on
+        (flock 9; said=$(o init -q --machine "$0" 8>&1 >/dev/null); echo init $?) 9>lock
+        flock -n lock echo free
+        cd /; umount /run/on; echo umount $?
+        o done; echo done $?; stat -c %a /run/oldmem
+    """
+    assert in_namespace(tmp_path / "machine", script, tmp_path) == ["init 0", "free", "umount 0", "done 0", "755"]
+
+
+@needs_fuse
+def test_nothing_is_mounted_where_no_proc_could_tell_of_it(small: RecordedKernel, tmp_path: Path) -> None:
+    script = """
+        mkdir /run/on; umount -l /proc
+        o mount -q --machine "$0" /run/on; echo mount $?; ls /run/on
+        o done; echo done $?
+        mount -t proc proc /proc; grep -c " /run/on " /proc/self/mountinfo
+    """
+    why = "oldmem: /proc/self/mountinfo: No such file or directory: nothing tells what is mounted"
+    assert in_namespace(tmp_path / "machine", script, tmp_path) == [why, "mount 1", why, "done 1", "0"]
+
+
 def test_done_fails_where_nothing_is_served(tmp_path: Path) -> None:
     with pytest.raises(Error, match=r"guard\.json: no report, so that nothing tells what reads have lost"):
         end(str(tmp_path), str(tmp_path / "vmcore"))
@@ -152,10 +213,10 @@ def test_done_tells_what_was_lost_before_anyone_read(tmp_path: Path) -> None:
     report = {"lost": [{"start": 0x1000, "end": 0x3000, "why": "no image holds it"}], "late_dumps": ["a device dump"]}
     (tmp_path / "guard.json").write_text(json.dumps(report))
     (tmp_path / "map.json").write_text("{}")
-    assert end(str(tmp_path), str(tmp_path / "vmcore")) == [
-        "0x1000-0x2fff is lost: no image holds it",
-        "a device dump",
-    ]
+    assert end(str(tmp_path), str(tmp_path / "vmcore")) == (
+        ["0x1000-0x2fff is lost: no image holds it", "a device dump"],
+        "",
+    )
 
 
 def test_page_reads_beyond_the_list_of_faults_are_told_with_their_number(
@@ -167,6 +228,6 @@ def test_page_reads_beyond_the_list_of_faults_are_told_with_their_number(
     (tmp_path / "guard.json").write_bytes(as_json(guard_json(dump)))
     (tmp_path / "map.json").write_text("{}")
     told = f"3 reads of pages failed beyond the {MAX_FAULTS} runs that can be listed, and gave zeros"
-    assert end(str(tmp_path), str(tmp_path / "vmcore"))[0] == told
+    assert end(str(tmp_path), str(tmp_path / "vmcore"))[0][0] == told
     assert finished(dump) == 4
     assert capsys.readouterr().err.splitlines()[0] == f"oldmem: warning: {told}"

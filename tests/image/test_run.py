@@ -15,7 +15,7 @@ import pytest
 
 from capture.run import LIBRARY, PLAN_VARIABLE
 from tests.image.conftest import Recorded
-from tests.image.machines import DEVICE, RecordedKernel, oldmem, phdrs_of, plugged_spans
+from tests.image.machines import DEVICE, LOW, PAGE, RecordedKernel, oldmem, phdrs_of, plugged_spans
 from tests.pace import patience
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0 or not os.path.exists("/dev/fuse"), reason="needs root and /dev/fuse")
@@ -102,6 +102,10 @@ def test_status_of_the_command_is_its_own(small_machine: Recorded, tmp_path: Pat
         assert (done.returncode, done.stderr) == (status, "")
     done = run(small_machine.folder, "no-such-command")
     assert (done.returncode, done.stderr) == (127, "oldmem: no-such-command: No such file or directory\n")
+    done = run(small_machine.folder, "")
+    assert (done.returncode, done.stderr) == (127, "oldmem: '': No such file or directory\n")
+    done = run(small_machine.folder, os.fsdecode(b"no-such\xff"))
+    assert (done.returncode, done.stderr) == (127, "oldmem: no-such\\udcff: No such file or directory\n")
     done = run(small_machine.folder, script)
     assert (done.returncode, done.stderr) == (126, f"oldmem: {script}: Permission denied\n")
     script.chmod(0o755)
@@ -139,6 +143,23 @@ def test_report_has_what_was_refused_and_what_was_read(small_machine: Recorded, 
     assert unplugged == 12 * 512  # blocks 16 to 19 and 24 to 31 of 2 MiB
     assert told["bytes_read"] >= 20 * 2 * MIB
     assert told["unreadable"] == []
+
+
+def test_report_that_cannot_be_written_costs_neither_the_commands_status_nor_what_was_lost(tmp_path: Path) -> None:
+    machine = RecordedKernel()
+    machine.shrink()
+    machine.finish_kernel()
+    (tmp_path / "machine").mkdir()
+    machine.write(tmp_path / "machine")
+    cut = f"truncate -s {LOW[1] + 4 * PAGE} {tmp_path}/machine/ram.raw; cat /proc/vmcore >/dev/null; exit"
+    for status, expected in ((7, 7), (0, 1)):
+        options = ("--report", tmp_path / "nowhere/report")
+        done = run(tmp_path / "machine", "bash", "-c", f"{cut} {status}", options=options)
+        assert done.returncode == expected
+        *lost, last = done.stderr.splitlines()
+        assert last == f"oldmem: {tmp_path}/nowhere/report: No such file or directory"
+        assert any("could not be read and is zeros" in line for line in lost)
+        machine.write(tmp_path / "machine")
 
 
 def test_image_cut_while_it_is_mapped_costs_what_was_cut_and_is_told(tmp_path: Path) -> None:

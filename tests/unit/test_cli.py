@@ -43,6 +43,13 @@ def shell(line: str, **environment: str) -> subprocess.CompletedProcess[str]:
         ["record"],
         ["map", "--source", "tape"],
         ["plug", "--layout", "cut"],
+        ["plug", "--machine", ""],
+        ["save", "-o", ""],
+        ["header", "-o", ""],
+        ["mount", ""],
+        ["run", "--report", "", "--", "true"],
+        ["check", ""],
+        ["record", ""],
     ],
 )
 def test_wrong_arguments_are_status_2_with_usage(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -145,6 +152,59 @@ def test_standard_files_that_are_closed_full_or_gone(line: str, status: int | No
     done = shell(line)
     assert done.returncode in ((0, 141) if status is None else (status,))
     assert done.stderr == told
+
+
+def python(code: str, to: str) -> subprocess.CompletedProcess[str]:
+    code = "import os, resource, sys; from capture import cli, console\n" + code
+    return shell(f"'{sys.executable}' -c \"$CODE\" {to}", CODE=code)
+
+
+@pytest.mark.parametrize("to", [">&-", ">/dev/full", "| true"])
+def test_word_that_standard_output_does_not_take_is_dropped(to: str) -> None:
+    code = """
+console.fill_standard_descriptors()
+if os.path.exists("/proc/self/fd/1") and "pipe" in os.readlink("/proc/self/fd/1"):
+    import select; select.poll().poll(0); p = select.poll(); p.register(1, 0); p.poll()
+was = os.fstat(1)
+console.say("served")
+console.say("and told")
+assert os.path.samestat(was, os.fstat(1))
+sys.exit(4)
+"""
+    done = python(code, f"{to}; exit ${{PIPESTATUS[0]}}")
+    assert (done.returncode, done.stdout, done.stderr) == (4, "", "")
+
+
+def test_output_is_given_up_without_a_free_descriptor() -> None:
+    code = """
+import contextlib
+with contextlib.suppress(OSError):
+    sys.stdout.write("lost")
+resource.setrlimit(resource.RLIMIT_NOFILE, (3, 3))
+console.give_up(1)
+"""
+    done = python(code, ">/dev/full")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_lack_of_descriptors_is_not_called_an_error_of_the_output() -> None:
+    code = """
+def fail(_):
+    os.pipe()
+cli.COMMANDS["check"] = fail
+sys.argv[1:] = ["check", "x"]
+console.tell("")
+resource.setrlimit(resource.RLIMIT_NOFILE, (3, 3))
+cli.fill_standard_descriptors = lambda: None
+cli.main()
+"""
+    done = python(code, "")
+    assert (done.returncode, done.stderr) == (1, "oldmem: \noldmem: Too many open files\n")
+
+
+def test_line_stays_one_whatever_the_names_in_it(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["check", "/no\nthing/x"]) == 1
+    assert capsys.readouterr().err == "oldmem: /no\\nthing/x: No such file or directory\n"
 
 
 def test_command_that_the_initramfs_lacks_is_one_line(
