@@ -45,11 +45,14 @@ def unmount(target: str) -> None:
 
 
 class Mounted(NamedTuple):
-    """A mount, as mountinfo tells it: major:minor, the file system's type, and what mount(2) was given as source."""
+    """A mount, as mountinfo tells it: major:minor, the file system's type, and what mount(2) was given as source; its
+    number, and that of the mount that it lies on."""
 
     device: str
     kind: str
     source: str
+    number: int
+    parent: int
 
 
 def resolved(path: str) -> str:
@@ -70,9 +73,25 @@ def resolved(path: str) -> str:
 
 
 def mounts_on(target: str) -> list[Mounted]:
-    """What is mounted on *target*, the topmost last. Raises Error where there is no /proc to tell."""
+    """What is mounted on *target*, the topmost last; not what a mount over a folder above it hides, and no path leads
+    to. Raises Error where there is no /proc to tell."""
     wanted = os.fsencode(resolved(target))
-    return [mounted for point, mounted in _listed() if point == wanted]
+    listed = list(_listed())
+    below = {(mounted.parent, point): mounted for point, mounted in listed if mounted.parent != mounted.number}
+    # the root lies on what is not listed, or on itself (an initramfs)
+    others = {mounted.number for mounted in below.values()}
+    here = next((m.number for point, m in listed if point == b"/" and m.parent not in others), None)
+    if here is None:  # the root is a folder of a mount that is not listed
+        return [mounted for point, mounted in listed if point == wanted]
+    found: list[Mounted] = []
+    at = b""
+    for name in wanted.rstrip(b"/").split(b"/"):  # as the kernel walks the path
+        at = at.rstrip(b"/") + b"/" + name
+        while mounted := below.get((here, at)):
+            here = mounted.number
+            if at == wanted:
+                found.append(mounted)
+    return found
 
 
 def mount_points(kind: str) -> list[str]:
@@ -91,7 +110,7 @@ def _listed() -> Iterator[tuple[bytes, Mounted]]:
             fields = line.split()
             rest = fields.index(b"-", 6)
             kind, source = (os.fsdecode(_unescaped(field)) for field in fields[rest + 1 : rest + 3])
-            yield _unescaped(fields[4]), Mounted(fields[2].decode(), kind, source)
+            yield _unescaped(fields[4]), Mounted(fields[2].decode(), kind, source, int(fields[0]), int(fields[1]))
 
 
 def _unescaped(field: bytes) -> bytes:

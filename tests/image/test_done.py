@@ -183,6 +183,23 @@ def test_service_keeps_nothing_of_its_callers(small: RecordedKernel, tmp_path: P
 
 
 @needs_fuse
+def test_service_that_another_mount_hides_is_in_nobodys_way(small: RecordedKernel, tmp_path: Path) -> None:
+    script = """
+        o init -q --machine "$0" >/dev/null; echo init $?
+        mount -t tmpfs none /run; mount -t tmpfs none /run
+        o init -q --machine "$0" >/dev/null; echo init $?
+        head -c4 /run/oldmem/vmcore | tail -c3; echo
+        o init -q --machine "$0" >/dev/null 2>&1; echo refused $?
+        o done; echo done $?; ls /run/oldmem; umount /run; umount /run
+        head -c4 /run/oldmem/vmcore | tail -c3; echo; o done; echo done $?
+        grep -c " /run/oldmem " /proc/self/mountinfo
+    """
+    lines = in_namespace(tmp_path / "machine", script, tmp_path)
+    assert lines[:5] == ["init 0", "init 0", "ELF", "refused 1", "done 0"]
+    assert lines[5:] == ["guard.json", "map.json", "ELF", "done 0", "0"]
+
+
+@needs_fuse
 def test_nothing_is_mounted_where_no_proc_could_tell_of_it(small: RecordedKernel, tmp_path: Path) -> None:
     script = """
         mkdir /run/on; umount -l /proc
