@@ -163,6 +163,43 @@ def test_who_outlives_the_command_gets_no_zeros(small_machine: Recorded, saved_s
     assert out.read_text() == str(-signal.SIGBUS)
 
 
+def test_name_without_a_file_never_leads_to_another_file(small_machine: Recorded, tmp_path: Path) -> None:
+    """In another pid namespace the number of the process that has the vmcore is some other process's."""
+    script = (
+        "import ctypes, os, signal\n"
+        "libc, name, oldmem = ctypes.CDLL(None), '/proc/vmcore', os.getppid()\n"
+        "with open(name, 'rb') as file:\n"
+        "    assert file.read(4) == b'\\x7fELF'\n"
+        "assert libc.unshare(0x20000000 | 0x00020000) == 0\n"  # CLONE_NEWPID, CLONE_NEWNS
+        "if child := os.fork():\n"
+        "    os._exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))\n"
+        "assert libc.mount(b'none', b'/', None, 16384 | 1 << 18, None) == 0\n"  # MS_REC, MS_PRIVATE
+        "assert libc.mount(b'proc', b'/proc', b'proc', 0, None) == 0\n"
+        "with open('/proc/sys/kernel/ns_last_pid', 'w') as file:\n"
+        "    file.write(str(oldmem - 1))\n"
+        "hear, tell = os.pipe()\n"
+        "if not os.fork():\n"  # the first process of the namespace ends it
+        "    other = os.open('/dev/zero', os.O_RDONLY)\n"
+        "    for fd in set(range(3, 300)) - {other, hear, tell}:\n"
+        "        os.dup2(other, fd)\n"
+        "    os.write(tell, b'!')\n"
+        "    signal.pause()\n"
+        "os.read(hear, 1)\n"
+        "assert os.path.exists(f'/proc/{oldmem}')\n"
+        "for look in (os.stat, open, lambda name: os.open(name, os.O_RDONLY)):\n"
+        "    try:\n"
+        "        look(name)\n"
+        "    except FileNotFoundError:\n"
+        "        continue\n"
+        "    os._exit(1)\n"
+        "os._exit(0)\n"
+    )
+    if os.path.exists("/proc/vmcore"):
+        pytest.skip("there is a file of that name")
+    done = run(small_machine, "/proc/vmcore", sys.executable, "-c", script)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 PROGRAMS = {
     "cat of standard input by name": "cat /dev/stdin <{0}",
     "cp of a descriptor": "cp /dev/fd/7 {1} 7<{0}; cat {1}",
