@@ -194,14 +194,14 @@ static void cut(const char *image)
 /* Where MAP_FIXED did not succeed, no other thread's mapping may come to lie before the kernel is asked for the same. */
 static void place_stays_taken(void)
 {
-	const int flags = MAP_PRIVATE | MAP_ANONYMOUS;
-	void *map = mmap(NULL, size, PROT_NONE, flags, -1, 0);
+	void *map = mmap(NULL, size, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	struct vma there;
 
 	if (compose(&composer, &map, 0, size, MAP_FIXED, 2, COMPOSE_ALL) != -ENOMEM)
 		errx(1, "more pieces than allowed");
 	for (uint64_t at = 0; at < size; at += PAGE)
-		if (mmap((uint8_t *)map + at, PAGE, PROT_NONE, flags | MAP_FIXED_NOREPLACE, -1, 0) != MAP_FAILED || errno != EEXIST)
-			errx(1, "nothing is mapped at %lu", at);
+		if (!vma_at((uintptr_t)map + at, &there) || there.read_only)
+			errx(1, "nothing is mapped at %lu, or what can be read", at);
 	munmap(map, size);
 }
 
