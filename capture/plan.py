@@ -7,10 +7,11 @@ from __future__ import annotations
 import errno
 import mmap
 import os
+import stat
 from array import array
 from bisect import bisect_right
 from collections.abc import Iterator
-from itertools import accumulate
+from itertools import accumulate, chain
 from typing import TYPE_CHECKING
 
 from capture.dump import Dump
@@ -41,11 +42,15 @@ def _memfd(name: str) -> int:
     raise AssertionError
 
 
+def _numbers(fd: int) -> tuple[int, int]:
+    known = os.fstat(fd)
+    return os.major(known.st_dev) << 32 | os.minor(known.st_dev), known.st_ino
+
+
 def _mapped_as(segment: Segment, page_size: int) -> tuple[int, int]:
     """Device (major << 32 | minor) and inode by which /proc/<pid>/maps calls the file of *segment*: what fstat(2) says,
     but for file systems that have others for each file (btrfs, overlayfs)."""
-    known = os.fstat(segment.fd)
-    device, inode = os.major(known.st_dev) << 32 | os.minor(known.st_dev), known.st_ino
+    device, inode = _numbers(segment.fd)
     try:
         flags, prot = mmap.MAP_SHARED, mmap.PROT_READ
         page = mmap.mmap(segment.fd, page_size, flags, prot, offset=segment.offset)
@@ -131,7 +136,7 @@ class Plan:
         """The segments, and their files behind this plan's own."""
         segments = ffi.new("struct plan_segment[]", len(self._segments))
         index: dict[int, int] = {self.fd: 0}
-        known = [(self.fd, 0, 0)]
+        known = [(self.fd, *_numbers(self.fd))]
         self._firsts = list(accumulate((s.size // page_size for s in self._segments), initial=0))
         for c, s, first in zip(segments, self._segments, self._firsts, strict=False):
             if s.fd not in index:
@@ -159,10 +164,12 @@ class Plan:
     def account(self, dump: Dump) -> None:
         """Add what the library saw to what *dump* has read."""
         shift = dump.registry.page_size.bit_length() - 1
+        self._end()
         tally = ffi.new("struct plan_tally *")
         ffi.buffer(tally)[:] = os.pread(self._tally, self._failed_at, 0)
         refused = [tally.refused[i] for i, _ in enumerate(dump.registry)]
-        dump.memory.account(tally.pages_shown << shift, refused, self._faults(dump.registry.page_size))
+        faults = chain(self._faults(dump.registry.page_size), self._cut(dump))
+        dump.memory.account(tally.pages_shown << shift, refused, faults)
 
     def _failed(self) -> Iterator[Range]:
         """Numbers of the pages that failed when they were touched. Only what was written to of the file takes memory,
@@ -190,6 +197,17 @@ class Plan:
                 yield Fault(Range(at, at + (stop - start) * page_size), errno.EFAULT)
                 start = stop
 
+    def _cut(self, dump: Dump) -> Iterator[Fault]:
+        """Pages that a file ends in by now: what it lacks of them the kernel maps as zeros, without a signal."""
+        page_size = dump.registry.page_size
+        for s in self._segments:
+            found = os.fstat(s.fd)
+            inside = found.st_size - s.offset
+            if stat.S_ISREG(found.st_mode) and 0 < inside < s.size and inside % page_size:
+                at = s.paddr + inside // page_size * page_size
+                if dump.registry.pfn_is_ram(at // page_size):
+                    yield Fault(Range(at, at + page_size), errno.EFAULT)
+
     def check_in_place(self) -> None:
         """Raises Error if what the command has mapped of the kernel's own vmcore was not what it was taken for."""
         if self._core is not None and not lib.corefile_in_place(self._core):
@@ -198,7 +216,15 @@ class Plan:
                 "its mappings: do not trust what it has read; run it again"
             )
 
+    def _end(self) -> None:
+        """Whoever is left of the collector gets an error from here on where a page fails, for nobody is told of it."""
+        tally = ffi.new("struct plan_tally *")
+        tally.ended = 1
+        os.pwrite(self._tally, ffi.buffer(ffi.addressof(tally, "ended"), 8), ffi.offsetof("struct plan_tally", "ended"))
+
     def close(self) -> None:
+        if len(self._fds) == 2:
+            self._end()
         for fd in self._fds:
             os.close(fd)
         self._fds = []

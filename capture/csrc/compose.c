@@ -2,10 +2,10 @@
 #define _GNU_SOURCE
 #include "compose.h"
 
+#include <errno.h>
 #include <sys/mman.h>
 
 #include "after.h"
-#include "sys.h"
 
 enum { ZERO_FLAGS = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE };
 
@@ -180,7 +180,7 @@ int64_t compose(const struct composer *c, void **at, uint64_t offset, uint64_t n
 	lay(&l);
 	laid = how == COMPOSE_ALL && l.err ? 0 : l.offset - offset;
 	if (laid < n)
-		sys_munmap((uint8_t *)base + laid, n - laid);
+		composer_unmap(c, (uint8_t *)base + laid, n - laid, fixed);
 	if (!laid)
 		return l.err;
 	*at = base;

@@ -17,7 +17,8 @@ enum compose_how {
 /*
  * Map n bytes of the vmcore from `offset` on (whole pages, not beyond the vmcore's last one) at *at, or anywhere where
  * that is NULL. `fixed` is what mmap(2) has for "there and nowhere else": 0, MAP_FIXED or MAP_FIXED_NOREPLACE. At most
- * `pieces` mappings are made. Returns the bytes mapped, or -errno with nothing mapped (of MAP_FIXED: nothing any more).
+ * `pieces` mappings are made. Returns the bytes mapped, or -errno with nothing mapped; of MAP_FIXED, nothing any more, and
+ * the place is kept (composer_unmap()).
  * To be called only when composer_ready() has said so. Async-signal-safe.
  */
 int64_t compose(const struct composer *c, void **at, uint64_t offset, uint64_t n, int fixed, unsigned pieces,

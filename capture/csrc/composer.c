@@ -32,7 +32,7 @@ int composer_open(struct composer *c, const char *path)
 	char buffer[PROC_FD_PATH];
 	void *plan, *tally;
 	uint64_t size, tally_size;
-	int err = map_whole(c, sys_open(path, O_RDONLY | O_CLOEXEC), PROT_READ, &plan, &size);
+	int err = map_whole(c, sys_open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK | O_NOCTTY), PROT_READ, &plan, &size);
 
 	if (err)
 		return err;
@@ -107,7 +107,8 @@ static void put_back(uint64_t file, int fd)
 static int open_file(const struct composer *c, const struct plan_file *file)
 {
 	char buffer[PROC_FD_PATH];
-	int fd = sys_open(proc_fd_path(buffer, c->plan->pid, file->fd), O_RDONLY | O_CLOEXEC);
+	/* that process may be another one by now, or in this namespace: nothing that is opened may block */
+	int fd = sys_open(proc_fd_path(buffer, c->plan->pid, file->fd), O_RDONLY | O_CLOEXEC | O_NONBLOCK | O_NOCTTY);
 	long high = fd < 0 ? -1 : syscall(SYS_fcntl, fd, F_DUPFD_CLOEXEC, HIGH_FD);
 
 	if (high < 0)
@@ -121,6 +122,14 @@ static bool is_file(int fd, const struct plan_file *file)
 	struct stat st;
 
 	return !sys_fstat(fd, &st) && st.st_dev == file->dev && st.st_ino == file->ino;
+}
+
+void composer_unmap(const struct composer *c, void *at, uint64_t n, int fixed)
+{
+	const int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED;
+
+	if (fixed != MAP_FIXED || c->mmap(at, n, PROT_NONE, flags, -1, 0) == MAP_FAILED)
+		sys_munmap(at, n);
 }
 
 void *composer_map(const struct composer *c, void *at, uint64_t n, int fixed, uint64_t index, uint64_t offset, int *err)
@@ -146,7 +155,7 @@ void *composer_map(const struct composer *c, void *at, uint64_t n, int fixed, ui
 			return map;
 		}
 		if (map != MAP_FAILED)
-			sys_munmap(map, n);
+			composer_unmap(c, map, n, fixed);
 		if (fresh) {
 			sys_close(fd);
 			*err = -ESTALE;

@@ -38,6 +38,12 @@ static inline uint64_t plan_page(const struct composer *c)
 }
 
 /*
+ * Unmap what was mapped with `fixed`. What MAP_FIXED was asked for stays taken, by pages that nobody can touch: in a hole
+ * another thread's mapping could lie before it is filled, and be replaced then. munmap(2) if there is no room for that.
+ */
+void composer_unmap(const struct composer *c, void *at, uint64_t n, int fixed);
+
+/*
  * As mmap(2) of the plan's file of that index, PROT_READ and MAP_SHARED; `fixed` is MAP_FIXED, MAP_FIXED_NOREPLACE or 0.
  * The address, or MAP_FAILED with -errno in *err.
  */

@@ -31,11 +31,15 @@ static int64_t page_of(const struct composer *c, const struct vma *vma, uintptr_
 	return -1;
 }
 
-bool faults_show_memory(const struct composer *c, uintptr_t at)
+bool faults_of_vmcore(const struct composer *c, uintptr_t at)
 {
 	struct vma vma;
 
-	return vma_at(at, &vma) && page_of(c, &vma, at) >= 0;
+	if (!vma_at(at, &vma))
+		return false;
+	if (!vma.dev && !vma.ino)
+		return vma.read_only;
+	return is_of(c, 0, &vma) || page_of(c, &vma, at) >= 0;
 }
 
 /* The kernel reads the word, and says EFAULT where this thread would get a signal. */
@@ -46,7 +50,10 @@ static bool is_readable(uintptr_t at)
 	return !syscall(SYS_futex, at, FUTEX_WAIT_PRIVATE, 0, &at_once, NULL, 0) || errno != EFAULT;
 }
 
-/* A zero page at `at` if that is a page of ours. False where it is not, or the process has no room for mappings. */
+/*
+ * A zero page at `at` if that is a page of ours. False where it is not, where the process has no room for mappings, and
+ * where the command has ended: nobody would be told.
+ */
 static bool put_zeros(const struct composer *c, uintptr_t at)
 {
 	const int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED;
@@ -59,10 +66,13 @@ static bool put_zeros(const struct composer *c, uintptr_t at)
 	if (!vma.dev && !vma.ino)
 		return is_readable(at);
 	page = page_of(c, &vma, at);
-	if (page < 0 || c->mmap((void *)at, plan_page(c), PROT_READ, flags, -1, 0) == MAP_FAILED)
+	if (page < 0)
 		return false;
-	__atomic_fetch_or(&c->tally->failed[page / 64], UINT64_C(1) << page % 64, __ATOMIC_RELAXED);
-	return true;
+	/* in this order: either the mark is seen by who tells of it, or it is known here that nobody tells any more */
+	__atomic_fetch_or(&c->tally->failed[page / 64], UINT64_C(1) << page % 64, __ATOMIC_SEQ_CST);
+	if (__atomic_load_n(&c->tally->ended, __ATOMIC_SEQ_CST))
+		return false;
+	return c->mmap((void *)at, plan_page(c), PROT_READ, flags, -1, 0) != MAP_FAILED;
 }
 
 static bool on_sigbus(const siginfo_t *info, void *context)

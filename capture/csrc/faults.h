@@ -12,7 +12,10 @@
 /* True once SIGBUS is caught, for this composer; any number of threads and signal handlers may call it. */
 bool faults_catch(const struct composer *c);
 
-/* Does what is mapped at the address show old memory? */
-bool faults_show_memory(const struct composer *c, uintptr_t at);
+/*
+ * May what is mapped at the address be of a composed vmcore: old memory, header, or zero pages? The last look like any
+ * memory of nobody's that can only be read.
+ */
+bool faults_of_vmcore(const struct composer *c, uintptr_t at);
 
 #endif

@@ -46,6 +46,7 @@ struct plan {
 
 /* Added to by all processes with atomic operations. Pages are counted when they are mapped. */
 struct plan_tally {
+	uint64_t ended;			/* not 0: what is added from now on, nobody sees */
 	uint64_t pages_shown;
 	uint64_t refused[PLAN_RULES];	/* pages, by rule */
 	uint64_t failed[];		/* pages that were not there when they were touched: a bit for each of all segments */

@@ -21,6 +21,18 @@ static size_t folder_of(int dirfd, char *path, size_t room)
 	return n > 0 && (size_t)n < room ? (size_t)n : 0;
 }
 
+/*
+ * Does what leads to the vmcore still do so? In another pid namespace, or when that process is gone and its number is
+ * another's, it leads to some other file, or to none.
+ */
+static bool is_real(void)
+{
+	const struct plan *plan = preload.composer.plan;
+	struct stat st;
+
+	return !syscall(SYS_newfstatat, AT_FDCWD, preload.real, &st, 0) && st.st_dev == plan->dev && st.st_ino == plan->ino;
+}
+
 bool preload_named(int dirfd, const char *path)
 {
 	char folder[PATH_MAX];
@@ -38,6 +50,7 @@ bool preload_named(int dirfd, const char *path)
 			path += 2;
 		same = n && !strncmp(folder, name, n) && name[n] == '/' && !strcmp(name + n + 1, path);
 	}
+	same = same && is_real();
 	errno = ENOENT;
 	return same;
 }

@@ -43,7 +43,7 @@ static ssize_t read_at(int fd, off_t offset, void *buf, size_t n)
 	size_t done = 0;
 	ssize_t rest;
 
-	if (offset < 0 || (uint64_t)offset >= size)
+	if (offset < 0 || (uint64_t)offset >= size || n > SSIZE_MAX)
 		return NEXT(pread)(fd, buf, n, offset);
 	if (n > size - (uint64_t)offset)
 		n = (size_t)(size - (uint64_t)offset);
@@ -55,33 +55,61 @@ static ssize_t read_at(int fd, off_t offset, void *buf, size_t n)
 	return rest >= 0 ? (ssize_t)done + rest : done ? (ssize_t)done : rest;
 }
 
-/* As read(2). Threads that share the descriptor get different bytes, as from the kernel: the offset is moved first. */
-static ssize_t read_on(int fd, void *buf, size_t n)
+/* One piece after the other. */
+static ssize_t read_pieces(int fd, const struct iovec *pieces, int n, off_t offset)
+{
+	ssize_t sum = 0;
+
+	for (int i = 0; i < n; i++) {
+		ssize_t done = read_at(fd, offset + sum, pieces[i].iov_base, pieces[i].iov_len);
+
+		if (done < 0)
+			return sum ? sum : done;
+		sum += done;
+		if ((size_t)done < pieces[i].iov_len)
+			break;
+	}
+	return sum;
+}
+
+/*
+ * As readv(2). Who shares the descriptor gets different bytes, and all of one call's lie together, as from the kernel: the
+ * offset is moved first, by all pieces at once.
+ */
+static ssize_t read_on(int fd, const struct iovec *pieces, int n)
 {
 	const uint64_t size = preload.composer.plan->size;
 	off_t end = lseek(fd, 0, SEEK_CUR);
+	uint64_t sum = 0;
 	ssize_t done;
 
-	if (end < 0 || (uint64_t)end >= size || !n)
-		return NEXT(read)(fd, buf, n);
-	if (n > size)
-		n = (size_t)size;
-	end = lseek(fd, (off_t)n, SEEK_CUR);
+	for (int i = 0; i < n; i++)
+		sum = pieces[i].iov_len < size - sum ? sum + pieces[i].iov_len : size;
+	if (end < 0 || (uint64_t)end >= size || !sum)
+		return NEXT(readv)(fd, pieces, n);
+	end = lseek(fd, (off_t)sum, SEEK_CUR);
 	if (end < 0)
 		return -1;
-	done = read_at(fd, end - (off_t)n, buf, n);
-	if (done < (ssize_t)n) {
+	done = read_pieces(fd, pieces, n, end - (off_t)sum);
+	if (done < (ssize_t)sum) {
 		int saved = errno;
 
-		lseek(fd, (done < 0 ? 0 : done) - (off_t)n, SEEK_CUR);
+		lseek(fd, (done < 0 ? 0 : done) - (off_t)sum, SEEK_CUR);
 		errno = saved;
 	}
 	return done;
 }
 
+static ssize_t read_one(int fd, void *buf, size_t n)
+{
+	const struct iovec piece = { buf, n };
+
+	return read_on(fd, &piece, 1);
+}
+
 EXPORT ssize_t read(int fd, void *buf, size_t n)
 {
-	return preload_ours(fd) ? read_on(fd, buf, n) : NEXT(read)(fd, buf, n);
+	return n <= SSIZE_MAX && preload_ours(fd) ? read_one(fd, buf, n) : NEXT(read)(fd, buf, n);
 }
 
 EXPORT ssize_t pread(int fd, void *buf, size_t n, off_t offset)
@@ -95,7 +123,7 @@ ssize_t __pread_chk(int fd, void *buf, size_t n, off_t offset, size_t room);
 
 EXPORT ssize_t __read_chk(int fd, void *buf, size_t n, size_t room)
 {
-	return n <= room && preload_ours(fd) ? read_on(fd, buf, n) : NEXT(__read_chk)(fd, buf, n, room);
+	return n <= room && n <= SSIZE_MAX && preload_ours(fd) ? read_one(fd, buf, n) : NEXT(__read_chk)(fd, buf, n, room);
 }
 
 EXPORT ssize_t __pread_chk(int fd, void *buf, size_t n, off_t offset, size_t room)
@@ -106,40 +134,28 @@ EXPORT ssize_t __pread_chk(int fd, void *buf, size_t n, off_t offset, size_t roo
 ALSO(pread64, pread);
 ALSO(__pread64_chk, __pread_chk);
 
-/* One piece after the other, from `offset` or, where that is -1, from the descriptor's own. */
-static ssize_t read_pieces(int fd, const struct iovec *pieces, int n, off_t offset)
+/* Are the pieces what the kernel takes? It looks at all of them, also where nothing is to be read. */
+static bool good_pieces(int fd, const struct iovec *pieces, int n)
 {
-	ssize_t sum = 0;
-
-	for (int i = 0; i < n; i++) {
-		ssize_t done = offset == -1 ? read_on(fd, pieces[i].iov_base, pieces[i].iov_len)
-					    : read_at(fd, offset + sum, pieces[i].iov_base, pieces[i].iov_len);
-
-		if (done < 0)
-			return sum ? sum : done;
-		sum += done;
-		if ((size_t)done < pieces[i].iov_len)
-			break;
-	}
-	return sum;
+	return n > 0 && n <= IOV_MAX && preload_ours(fd) &&
+	       !NEXT(preadv)(fd, pieces, n, (off_t)preload.composer.plan->size);
 }
 
 EXPORT ssize_t readv(int fd, const struct iovec *pieces, int n)
 {
-	return n > 0 && n <= IOV_MAX && preload_ours(fd) ? read_pieces(fd, pieces, n, -1) : NEXT(readv)(fd, pieces, n);
+	return good_pieces(fd, pieces, n) ? read_on(fd, pieces, n) : NEXT(readv)(fd, pieces, n);
 }
 
 EXPORT ssize_t preadv(int fd, const struct iovec *pieces, int n, off_t offset)
 {
-	if (n > 0 && n <= IOV_MAX && offset >= 0 && preload_ours(fd))
-		return read_pieces(fd, pieces, n, offset);
-	return NEXT(preadv)(fd, pieces, n, offset);
+	return offset >= 0 && good_pieces(fd, pieces, n) ? read_pieces(fd, pieces, n, offset)
+							 : NEXT(preadv)(fd, pieces, n, offset);
 }
 
 EXPORT ssize_t preadv2(int fd, const struct iovec *pieces, int n, off_t offset, int flags)
 {
-	if (!flags && n > 0 && n <= IOV_MAX && offset >= -1 && preload_ours(fd))
-		return read_pieces(fd, pieces, n, offset);
+	if (!flags && offset >= -1 && good_pieces(fd, pieces, n))
+		return offset >= 0 ? read_pieces(fd, pieces, n, offset) : read_on(fd, pieces, n);
 	return NEXT(preadv2)(fd, pieces, n, offset, flags);
 }
 
@@ -180,7 +196,7 @@ EXPORT void *mremap(void *old, size_t n, size_t new_n, int flags, ...)
 		to = va_arg(args, void *);
 		va_end(args);
 	}
-	if (new_n > n && preload.active && faults_show_memory(&preload.composer, (uintptr_t)old)) {
+	if (new_n > n && preload.active && faults_of_vmcore(&preload.composer, (uintptr_t)old)) {
 		errno = EFAULT;
 		return MAP_FAILED;
 	}

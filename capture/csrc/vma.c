@@ -15,6 +15,8 @@ struct query {
 	uint64_t name, build_id;
 };
 
+enum { READABLE = 1, WRITABLE = 2, EXECUTABLE = 4 };	/* of vma_flags */
+
 #define QUERY _IOWR('f', 17, struct query)
 
 int vma_query(int maps, uintptr_t address, struct vma *found)
@@ -26,6 +28,7 @@ int vma_query(int maps, uintptr_t address, struct vma *found)
 	*found = (struct vma){
 		.start = (uintptr_t)q.start, .end = (uintptr_t)q.end, .offset = q.offset,
 		.dev = (uint64_t)q.dev_major << 32 | q.dev_minor, .ino = q.ino,
+		.read_only = (q.vma_flags & (READABLE | WRITABLE | EXECUTABLE)) == READABLE,
 	};
 	return 0;
 }
@@ -79,6 +82,9 @@ bool vma_search(int maps, uintptr_t address, struct vma *found)
 		if (c != '-')
 			return false;
 		found->end = (uintptr_t)number(&t, 16, &c);
+		found->read_only = next(&t) == 'r';
+		found->read_only &= next(&t) == '-';
+		found->read_only &= next(&t) == '-';
 		do
 			c = next(&t);
 		while (c && c != ' ');

@@ -10,6 +10,7 @@ struct vma {
 	uintptr_t start, end;
 	uint64_t offset;	/* of start in its file */
 	uint64_t dev, ino;	/* of that file, major << 32 | minor; 0 where there is none */
+	bool read_only;		/* no more and no less */
 };
 
 /* The mapping that holds the address. False if nothing is mapped there, or /proc cannot tell. */

@@ -170,7 +170,9 @@ static void cut(const char *image)
 			errx(1, "not mapped");
 	if (!vma_search(maps, (uintptr_t)map[0] + 5, &searched) || searched.start != (uintptr_t)map[0] || !searched.ino)
 		errx(1, "the maps do not tell what is mapped");
-	if (!vma_query(maps, (uintptr_t)map[0] + 5, &asked) && memcmp(&asked, &searched, sizeof(asked)))
+	if (!vma_query(maps, (uintptr_t)map[0] + 5, &asked) &&
+	    (asked.start != searched.start || asked.end != searched.end || asked.offset != searched.offset ||
+	     asked.dev != searched.dev || asked.ino != searched.ino || asked.read_only != searched.read_only))
 		errx(1, "the two ways to ask what is mapped give two answers");
 	if (vma_at(8, &asked))
 		errx(1, "something is mapped at 8");
@@ -187,6 +189,20 @@ static void cut(const char *image)
 	touch(map[0]);
 	if (marked() != lost)
 		errx(1, "pages were lost a second time");
+}
+
+/* Where MAP_FIXED did not succeed, no other thread's mapping may come to lie before the kernel is asked for the same. */
+static void place_stays_taken(void)
+{
+	void *map = mmap(NULL, size, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	struct vma there;
+
+	if (compose(&composer, &map, 0, size, MAP_FIXED, 2, COMPOSE_ALL) != -ENOMEM)
+		errx(1, "more pieces than allowed");
+	for (uint64_t at = 0; at < size; at += PAGE)
+		if (!vma_at((uintptr_t)map + at, &there) || there.read_only)
+			errx(1, "nothing is mapped at %lu, or what can be read", at);
+	munmap(map, size);
 }
 
 int main(int argc, char **argv)
@@ -209,6 +225,7 @@ int main(int argc, char **argv)
 		errx(1, "%s is not as large as the plan says", argv[2]);
 	if (compose(&composer, &map, 0, size, 0, 2, COMPOSE_ALL) != -ENOMEM)
 		errx(1, "more pieces than allowed");
+	place_stays_taken();
 	work_with_signals_and_forks();
 	cut(argv[3]);
 	return 0;

@@ -292,6 +292,8 @@ static void by_mistake(void)
 	int fd = opened(path, O_RDONLY), by_path = opened(path, O_PATH);
 	void *volatile nowhere = (void *)8;	/* volatile: compilers see through it */
 	char *edge = mmap(NULL, 2 * PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0), *map;
+	volatile size_t far_too_much = SIZE_MAX;
+	struct iovec much[] = { { edge, 10 }, { edge, (size_t)-1 } };
 	struct stat st;
 
 	munmap(edge + PAGE, PAGE);
@@ -304,6 +306,12 @@ static void by_mistake(void)
 		errx(1, "read to the edge");
 	same(edge + PAGE - 100, 100, 0);
 	must(EINVAL, "read before the start", pread(fd, edge, 1, -1) < 0);
+	must(EFAULT, "pieces that are nowhere", readv(fd, nowhere, 1) < 0);
+	must(EFAULT, "pieces that are nowhere", preadv(fd, nowhere, 1, 0) < 0);
+	must(EINVAL, "more than can be", preadv(fd, much, 2, 0) < 0);
+	must(EINVAL, "more than can be", readv(fd, much, 2) < 0);
+	if (pread(fd, edge, far_too_much, 0) >= 0 || read(fd, edge, far_too_much) >= 0)
+		errx(1, "a size that is no size");
 	must(EBADF, "read of O_PATH", read(by_path, edge, 1) < 0);
 	must(EBADF, "write", write(fd, "x", 1) < 0);
 	must(EROFS, "open for writing", open(path, O_RDWR) < 0);

@@ -208,6 +208,27 @@ def test_image_cut_while_it_is_mapped_costs_what_was_cut_and_is_told(tmp_path: P
     assert len(different) * 4096 <= MIB
 
 
+def test_image_cut_in_the_middle_of_a_page_is_told(small_machine: Recorded, tmp_path: Path) -> None:
+    folder = tmp_path / "machine"
+    subprocess.run(["cp", "-r", "--sparse=always", small_machine.folder, folder], check=True, timeout=60)
+    script = (
+        "import os, sys\n"
+        "fd = os.open('/proc/vmcore', os.O_RDONLY)\n"
+        "size = os.fstat(fd).st_size\n"
+        "whole = os.pread(fd, size, 0)\n"
+        "os.truncate(sys.argv[1], (3 << 20) + 100)\n"
+        "os.pread(fd, 4096, int(sys.argv[2]) + (3 << 20))\n"
+    )
+    with open(tmp_path / "header", "wb") as file:
+        assert oldmem("header", "--layout", "kernel", "--machine", folder, "-o", file.name).status == 0
+    (device,) = [p for p in phdrs_of((tmp_path / "header").read_bytes()) if p.paddr == DEVICE[0]]
+    where = (folder / "vm0.raw", str(device.offset))
+    done = run(folder, sys.executable, "-c", script, *where, options=("--layout", "kernel"))
+    at = DEVICE[0] + (3 << 20)
+    line = f"oldmem: warning: {at:#x}-{at + 4095:#x} could not be read and is zeros: Bad address\n"
+    assert (done.returncode, done.stderr) == (4, line)
+
+
 def test_every_page_that_is_lost_is_told_in_whatever_order_pages_fail(small_machine: Recorded, tmp_path: Path) -> None:
     folder = tmp_path / "machine"
     subprocess.run(["cp", "-r", "--sparse=always", small_machine.folder, folder], check=True, timeout=60)

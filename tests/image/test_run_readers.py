@@ -9,6 +9,7 @@ import contextlib
 import os
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import threading
@@ -19,6 +20,7 @@ from pathlib import Path
 import pytest
 
 from tests.image.conftest import Recorded
+from tests.image.machines import DEVICE, oldmem, phdrs_of
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0 or not os.path.exists("/dev/fuse"), reason="needs root and /dev/fuse")
 
@@ -64,6 +66,138 @@ def test_reader_gets_the_saved_bytes(
         pytest.skip(done.stderr)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert not vmcore.exists() or vmcore.read_text() == "not this"
+
+
+def filled(machine: Recorded, folder: Path) -> Path:
+    """A copy of the machine whose device has something else in each page."""
+    subprocess.run(["cp", "-r", "--sparse=always", machine.folder, folder], check=True, timeout=60)
+    with open(folder / "vm0.raw", "r+b") as file:
+        for page in range(64 << 20 >> 12):
+            if file.seek(page << 12) >= 0 and not any(file.read(4096)):
+                file.seek(page << 12)
+                file.write(struct.pack("<Q", 1 << 60 | page) * 512)
+    return folder
+
+
+def test_pieces_of_one_read_lie_together_whoever_shares_the_descriptor(
+    small_machine: Recorded, saved_small: Path, tmp_path: Path
+) -> None:
+    script = (
+        "import os, struct, sys\n"
+        "fd, start = os.open('/proc/vmcore', os.O_RDONLY), int(sys.argv[1])\n"
+        "os.lseek(fd, start, os.SEEK_SET)\n"
+        "children = []\n"
+        "for _ in range(4):\n"
+        "    if child := os.fork():\n"
+        "        children.append(child)\n"
+        "        continue\n"
+        "    a, b, wrong = bytearray(3 * 4096), bytearray(5 * 4096), 0\n"
+        "    while os.readv(fd, [a, b]) == 8 * 4096:\n"
+        "        tags = struct.unpack('<' + 'Q4088x' * 8, a + b)\n"
+        "        wrong += len({tag - i for i, tag in enumerate(tags) if tag >> 60 == 1}) > 1\n"
+        "    os._exit(wrong > 0)\n"
+        "sys.exit(any([os.waitpid(child, 0)[1] for child in children]))\n"
+    )
+    folder = filled(small_machine, tmp_path / "machine")
+    machine = Recorded(folder, small_machine.pages, small_machine.desc)
+    with open(saved_small, "rb") as file:
+        (device,) = [p for p in phdrs_of(file.read(1 << 16)) if p.paddr == DEVICE[0]]
+    done = run(machine, "/proc/vmcore", sys.executable, "-c", script, str(device.offset))
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_mapping_of_refused_pages_does_not_grow_zeros(small_machine: Recorded, tmp_path: Path) -> None:
+    script = (
+        "import ctypes, os, sys\n"
+        "libc, at = ctypes.CDLL(None, use_errno=True), int(sys.argv[1])\n"
+        "libc.mmap.restype = libc.mremap.restype = ctypes.c_void_p\n"
+        "fd, flags = os.open('/proc/vmcore', os.O_RDONLY), (1, 1)\n"  # PROT_READ, MAP_SHARED
+        "for offset in (0, at):\n"
+        "    map = libc.mmap(None, ctypes.c_size_t(4096), *flags, fd, ctypes.c_long(offset))\n"
+        "    sizes = ctypes.c_size_t(4096), ctypes.c_size_t(8192)\n"
+        "    grown = libc.mremap(ctypes.c_void_p(map), *sizes, 1)\n"
+        "    if grown != ctypes.c_void_p(-1).value:\n"
+        "        assert ctypes.string_at(grown, 8192) == os.pread(fd, 8192, offset), offset\n"
+    )
+    folder = filled(small_machine, tmp_path / "machine")
+    with open(tmp_path / "header", "wb") as file:
+        assert oldmem("header", "--layout", "kernel", "--machine", folder, "-o", file.name).status == 0
+    (device,) = [p for p in phdrs_of((tmp_path / "header").read_bytes()) if p.paddr == DEVICE[0]]
+    deny = f"{DEVICE[0] + (3 << 20):x}-{DEVICE[0] + (3 << 20) + 4095:x}"
+    line = [sys.executable, "-m", "capture", "run", "--machine", folder, "--layout", "kernel", "--deny", deny, "--"]
+    line += [sys.executable, "-c", script, str(device.offset + (3 << 20))]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=HUNG, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_who_outlives_the_command_gets_no_zeros(small_machine: Recorded, saved_small: Path, tmp_path: Path) -> None:
+    script = (
+        "import mmap, os, sys, time\n"
+        "fd, at, out = os.open('/proc/vmcore', os.O_RDONLY), int(sys.argv[1]), sys.argv[2]\n"
+        "whole = mmap.mmap(fd, 4 << 20, mmap.MAP_SHARED, mmap.PROT_READ, offset=at)\n"
+        "if os.fork():\n"
+        "    assert whole[:8]\n"
+        "    os._exit(0)\n"
+        "while not os.path.exists(out + '.cut'):\n"
+        "    time.sleep(0.01)\n"
+        "if child := os.fork():\n"
+        "    with open(out + '.new', 'w') as file:\n"
+        "        file.write(str(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])))\n"
+        "    os.rename(out + '.new', out)\n"
+        "else:\n"
+        "    os._exit(whole[3 << 20] == 0)\n"
+    )
+    folder = filled(small_machine, tmp_path / "machine")
+    machine, out = Recorded(folder, small_machine.pages, small_machine.desc), tmp_path / "out"
+    with open(saved_small, "rb") as file:
+        (device,) = [p for p in phdrs_of(file.read(1 << 16)) if p.paddr == DEVICE[0]]
+    line = line_of(machine, "/proc/vmcore", sys.executable, "-c", script, str(device.offset), out)
+    with open(tmp_path / "said", "wb") as said:
+        assert subprocess.run(line, stdout=said, stderr=said, timeout=HUNG, check=False).returncode == 0
+    os.truncate(folder / "vm0.raw", 0)
+    (tmp_path / "out.cut").touch()
+    end = time.monotonic() + HUNG
+    while not out.exists():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    assert out.read_text() == str(-signal.SIGBUS)
+
+
+def test_name_without_a_file_never_leads_to_another_file(small_machine: Recorded, tmp_path: Path) -> None:
+    """In another pid namespace the number of the process that has the vmcore is some other process's."""
+    script = (
+        "import ctypes, os, signal\n"
+        "libc, name, oldmem = ctypes.CDLL(None), '/proc/vmcore', os.getppid()\n"
+        "with open(name, 'rb') as file:\n"
+        "    assert file.read(4) == b'\\x7fELF'\n"
+        "assert libc.unshare(0x20000000 | 0x00020000) == 0\n"  # CLONE_NEWPID, CLONE_NEWNS
+        "if child := os.fork():\n"
+        "    os._exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))\n"
+        "assert libc.mount(b'none', b'/', None, 16384 | 1 << 18, None) == 0\n"  # MS_REC, MS_PRIVATE
+        "assert libc.mount(b'proc', b'/proc', b'proc', 0, None) == 0\n"
+        "with open('/proc/sys/kernel/ns_last_pid', 'w') as file:\n"
+        "    file.write(str(oldmem - 1))\n"
+        "hear, tell = os.pipe()\n"
+        "if not os.fork():\n"  # the first process of the namespace ends it
+        "    other = os.open('/dev/zero', os.O_RDONLY)\n"
+        "    for fd in set(range(3, 300)) - {other, hear, tell}:\n"
+        "        os.dup2(other, fd)\n"
+        "    os.write(tell, b'!')\n"
+        "    signal.pause()\n"
+        "os.read(hear, 1)\n"
+        "assert os.path.exists(f'/proc/{oldmem}')\n"
+        "for look in (os.stat, open, lambda name: os.open(name, os.O_RDONLY)):\n"
+        "    try:\n"
+        "        look(name)\n"
+        "    except FileNotFoundError:\n"
+        "        continue\n"
+        "    os._exit(1)\n"
+        "os._exit(0)\n"
+    )
+    if os.path.exists("/proc/vmcore"):
+        pytest.skip("there is a file of that name")
+    done = run(small_machine, "/proc/vmcore", sys.executable, "-c", script)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 PROGRAMS = {
