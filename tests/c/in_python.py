@@ -50,7 +50,7 @@ def build(folder: Path) -> None:
             shutil.copytree(path, folder / path.name, ignore=ignored)
         else:
             shutil.copy(path, folder)
-    flags = " ".join(("-g", "-O1", "-fno-omit-frame-pointer", *ASAN_FLAGS))
+    flags = " ".join(("-g", "-O1", "-fno-omit-frame-pointer", *ASAN_FLAGS, "-fsanitize-undefined-trap-on-error"))
     command = (
         "-W",
         "ignore",
@@ -73,15 +73,15 @@ def environment(folder: Path, reports: Path) -> dict[str, str]:
     shim = folder / "shim.so"
     gcc = ("gcc", "-O2", "-shared", "-fPIC", "-x", "c", "-", "-o", shim)
     subprocess.run(gcc, input=SHIM.encode(), timeout=TIMEOUT, check=True)
-    runtime = [run("gcc", f"-print-file-name=lib{name}.so").stdout.decode().strip() for name in ("asan", "ubsan")]
+    runtime = run("gcc", "-print-file-name=libasan.so").stdout.decode().strip()
     # "oldmem run" puts its library in front of what is preloaded already, the runtime among it; that needs the runtime,
     # which is therefore initialised first all the same. What Python never frees is no leak of ours. A SIGBUS that is
-    # passed on ends a process as it does without ASan. What servers and collectors write may be seen by nobody.
-    asan = f"detect_leaks=0:verify_asan_link_order=0:handle_sigbus=0:log_path={reports}/report"
+    # passed on ends a process as it does without ASan. What servers and collectors write may be seen by nobody, so all
+    # is written to files; for UBSan that is done by trapping, and by ASan, which tells of it.
+    asan = f"detect_leaks=0:verify_asan_link_order=0:handle_sigbus=0:handle_sigill=1:log_path={reports}/report"
     return {
-        "LD_PRELOAD": " ".join([str(shim), *runtime]),
+        "LD_PRELOAD": f"{shim} {runtime}",
         "ASAN_OPTIONS": asan,
-        "UBSAN_OPTIONS": f"print_stacktrace=1:log_path={reports}/report",
         "PYTHONMALLOC": "malloc",  # its own allocator would hide what is freed
         "PYTHONPATH": str(folder),
         "CI": "true",  # nothing may be skipped for want of something
