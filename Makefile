@@ -31,7 +31,7 @@ NEEDED := \
 	/usr/share/keyrings/debian-archive-keyring.gpg=debian-archive-keyring \
 	busybox=busybox-static zstd=zstd cpio=cpio readelf=binutils shellcheck=shellcheck
 
-.PHONY: demo test lint bench s390x ddump lib install-lib sanitize deps venv fetch clean
+.PHONY: demo test lint bench s390x ddump fuzz lib install-lib sanitize deps venv fetch clean
 
 # Crashes a guest under QEMU, captures it, shows what was saved and what was refused
 demo: venv
@@ -81,6 +81,12 @@ install-lib: lib
 sanitize: NEEDED += valgrind=valgrind
 sanitize: venv
 	$(IN_VENV) -m tests.c
+
+# Whole machines with flipped bits, and lies about sizes at their full size
+SECONDS = 600
+fuzz: venv
+	$(IN_VENV) -m tests.fuzz $(SECONDS)
+	OLDMEM_FULL_SIZE=1 $(IN_VENV) -m pytest tests/fuzz/test_resource_lies.py
 
 # What the guests are made of, once, for work without network
 fetch: venv

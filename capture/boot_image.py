@@ -67,18 +67,26 @@ def kernel_at(path: str) -> Kernel:
 
 
 def find_kernel(given: str | None, release: str) -> Kernel:
-    """The image of the running kernel, at *given* if that is a path. Raises Error if there is none."""
-    paths = [given] if given else [root + path.format(release) for root in _ROOTS for path in KERNELS]
-    found = [path for path in paths if given or os.path.exists(path)]
-    if not found:
-        raise Error(
-            f"no image of this kernel ({release}): none of {', '.join(paths[: len(KERNELS)])}; --kernel names it"
-        )
-    kernel = kernel_at(found[0])
+    """The image of the running kernel, at *given* if that is a path, else the first of where it may be that is one of
+    *release*: others' images lie there too. Raises Error if there is none."""
+    if given:
+        return _kernel_of(given, release)
+    paths = [root + path.format(release) for root in _ROOTS for path in KERNELS]
+    others: list[str] = []
+    for path in paths:
+        if os.path.exists(path):
+            try:
+                return _kernel_of(path, release)
+            except Error as e:
+                others.append(str(e))
+    why = "; ".join(others) or f"none of {', '.join(paths[: len(KERNELS)])}"
+    raise Error(f"no image of this kernel ({release}): {why}; --kernel names it")
+
+
+def _kernel_of(path: str, release: str) -> Kernel:
+    kernel = kernel_at(path)
     if kernel.release != release:
-        raise Error(
-            f"{kernel.path}: is of kernel {kernel.release or 'of no name'}, expected the running one, {release}"
-        )
+        raise Error(f"{path}: is of kernel {kernel.release or 'of no name'}, expected the running one, {release}")
     return kernel
 
 

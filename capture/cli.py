@@ -119,8 +119,9 @@ def cmd_plug(args: argparse.Namespace) -> int:
         write_out(report.as_json({"devices": [report.device_json(d) for d in machine.devices]}), "-")
     else:
         print(report.plug_text(machine.devices), end="")
-    for line in [*machine.problems, *(f"{d.name}: {p}" for d in machine.devices for p in d.problems)]:
-        warn(line)
+    if not args.quiet:
+        for line in [*machine.problems, *(f"{d.name}: {p}" for d in machine.devices for p in d.problems)]:
+            warn(line)
     unknown = any(d.bitmap is None for d in machine.devices)
     machine.close()
     return INCOMPLETE if unknown else DONE
@@ -358,7 +359,8 @@ def main() -> NoReturn:
         if isinstance(e, BrokenPipeError):
             code = 128 + signal.SIGPIPE
         else:
-            tell(f"{e.filename or 'standard output'}: {e.strerror}")
+            unnamed = "working directory" if e.errno == errno.ENOENT else "standard output"
+            tell(f"{e.filename or unnamed}: {e.strerror}")
             code = FAILED
         give_up(1)
     try:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from itertools import pairwise
+from itertools import islice, pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
 from capture import elfcore, envelope, losses, memory_map
@@ -57,6 +57,8 @@ class Dump:
     ) -> None:
         self.machine, self.layout, self.mode = machine, layout, mode
         self.shape: Shape | None = None  # of a header that was built, not taken over
+        self.left_out = RangeSet()
+        """What may be read and the header has no room for; of very much the first runs."""
         self.arch = machine.arch
         if machine.header_is_the_kernels and mode != PRELOADED:
             self.mode = PRELOADED
@@ -76,7 +78,10 @@ class Dump:
             machine.header_is_the_kernels,
         )
         if not self.envelope.boot | self.envelope.disputed:
-            why = "; ".join(line for name in envelope.RAM_SOURCES for line in machine.reports[name].problems)
+            lines = [line for name in envelope.RAM_SOURCES for line in machine.reports[name].problems]
+            why = (
+                "; ".join(lines) or f"by {', '.join(envelope.RAM_SOURCES)} there is none, or something else lies there"
+            )
             raise SourceError(f"no source tells where the dead machine's RAM was: {why}")
         memory_map.install_rules(self.registry, self.envelope, self._foreign(), devices)
         for rule in rules:
@@ -136,17 +141,59 @@ class Dump:
 
     def _dynamic(self) -> Core:
         shape = self.arch.shape(self)
+        shape = shape._replace(text=self._text_inside(shape.text))
         ranges = self.arch.kernel_ranges(self) if self.layout == KERNEL else None
-        if ranges is None:
-            ranges, gap = memory_map.merged(self.readable_runs, self.envelope.all - self.machine.own, MAX_LOADS)
+        if ranges is not None:
+            ranges = self._inside(ranges)
+        else:
+            ranges = self._ranges()
+        core = self.served(shape, ([shape.text] if shape.text else []) + [shape.load(r) for r in ranges])
+        self.shape = shape.within(core.header, core.phdrs[0].offset)
+        return core
+
+    def _ranges(self) -> list[Range]:
+        """The PT_LOAD ranges of layout cut; tells what a header of that size cannot have."""
+        bridges = self.envelope.all - self.machine.own
+        if found := memory_map.merged(self.readable_runs, bridges, MAX_LOADS):
+            ranges, gap = found
             if gap:
                 self.problems.note(
                     f"memory in more than {MAX_LOADS} runs: PT_LOADs bridge gaps of up to {gap:#x} bytes; "
                     "what lies in them is refused and reads as zeros"
                 )
-        core = self.served(shape, ([shape.text] if shape.text else []) + [shape.load(r) for r in ranges])
-        self.shape = shape.within(core.header, core.phdrs[0].offset)
-        return core
+            return ranges
+        ranges, count, size = memory_map.largest(self.readable_runs(), MAX_LOADS)
+        self.problems.note(
+            f"memory in more than {MAX_LOADS} runs, no memory between: {count} of them, {size:#x} bytes, are left out"
+        )
+        listed = set(ranges)
+        self.left_out = RangeSet(islice((run for run in self.readable_runs() if run not in listed), losses.MOST))
+        return ranges
+
+    def _inside(self, ranges: list[Range]) -> list[Range]:
+        """*ranges*, which are the dead kernel's word, as far as they lie in the envelope, whose ends need not be those
+        of pages; tells what does not."""
+        env = self.envelope.all.outer_pages(self.machine.page_size)
+        if outside := RangeSet(ranges) - env:
+            self.problems.note(
+                f"the dead kernel's records have RAM at {outside}, where nothing else has any: not listed"
+            )
+        return [piece for r in ranges for piece in RangeSet([r]) & env]
+
+    def _text_inside(self, text: Load | None) -> Load | None:
+        """*text*, which is the dead kernel's word, as far as it lies in one piece of RAM; tells what does not. Where
+        the kernel builds its header by itself, ours is that one, and RAM is what an image holds, maybe a part."""
+        if text is None or self.arch.kernel_builds_header:
+            return text
+        ram = self.envelope.all & self.arch.system_ram if self.arch.system_ram else self.envelope.all
+        ram -= self.machine.own | self.arch.reserved
+        place = ram.outer_pages(self.machine.page_size).find(text.paddr)
+        if place and text.paddr + text.size <= place.end:
+            return text
+        size = place.end - text.paddr if place else 0
+        then = f"cut to {size:#x} bytes" if size else "left out"
+        self.problems.note(f"kernel text of {text.size:#x} bytes at {text.paddr:#x} is not all in RAM; {then}")
+        return text._replace(size=size) if size else None
 
     def served(self, shape: Shape, loads: list[Load]) -> Core:
         """The vmcore with these PT_LOADs, as this kernel lays it out."""

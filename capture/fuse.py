@@ -115,7 +115,7 @@ class FuseServer:
         os.pwrite(fd, text, 0)
         os.ftruncate(fd, len(text))
 
-    def serve(self, watch: tuple[int, int, int], deadline: float) -> bool:
+    def serve(self, watch: tuple[int, int], deadline: float) -> bool:
         """Answer requests until one of the descriptors *watch* (negative: none) wants the caller, or *deadline* has
         come (as of time.monotonic(); 0: none): True. Or until unmounted: False. Raises Error."""
         self.c.watch, self.c.deadline = watch, int(deadline * 1e9)

@@ -168,6 +168,9 @@ class Pinned:
                 self._map.madvise(mmap.MADV_HUGEPAGE)
             except OSError:
                 pass  # no huge pages here; small ones are often neighbours too
+            # A child that has the pages too makes the next write to them go to a copy elsewhere (madvise(2)); and the
+            # kernel is loaded by a child
+            self._map.madvise(mmap.MADV_DONTFORK)
             self._vaddr = pinned.address(self._map)
             pinned.lock(self._vaddr, total)
             self._pfns = pinned.frames(self._vaddr, total // mmap.PAGESIZE)

@@ -44,6 +44,7 @@ def unlisted(page_reads: int) -> list[str]:
 def losses(dump: Dump) -> list[Loss]:
     """All that is lost of *dump*, ascending."""
     found = [Loss(r, _why_hidden(dump, r)) for r in hidden(dump)]
+    found += [Loss(r, "a header has no room for so many pieces") for r in dump.left_out]
     found += cut(dump)
     return sorted(found)
 

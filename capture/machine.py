@@ -180,6 +180,7 @@ class LiveMachine(Machine):
     *source* is "devmem", "vmcore" or "auto"; *force* skips the test for a capture environment."""
 
     live = True
+    _devmem_fd: int | None = None
 
     def __init__(self, source: str = "auto", force: bool = False) -> None:
         super().__init__("/", os.uname().machine)
@@ -193,13 +194,20 @@ class LiveMachine(Machine):
         self.header_is_the_kernels = self.arch.kernel_builds_header
         if self.header_is_the_kernels:
             self._wanted_source = self._only_vmcore(source)
-        elif not self.reports["iomem"].ranges(report.OWN_RAM):
-            raise Error(f"{self.reports['iomem'].problems[0]}; without it own memory cannot be told from old memory")
+        else:
+            self._must_know_own(self.reports["iomem"])
         self._refuse_danger()
         self._open_core(procvmcore.PATH, procvmcore.PATH)
         self.own_vmcoreinfo = _own_vmcoreinfo()
         if not self.header_is_the_kernels:
             self.devices = self._query_devices()
+
+    @staticmethod
+    def _must_know_own(found: SourceReport) -> None:
+        if not found.ranges(report.OWN_RAM):
+            lacks = f"{found.path}: has no System RAM, expected this kernel's own"
+            why = lacks if found.available or not found.problems else found.problems[0]
+            raise Error(f"{why}; without it own memory cannot be told from old memory")
 
     def _only_vmcore(self, source: str) -> str:
         """Where the kernel builds the header, its drivers also add the memory of virtio-mem devices to it, and gate it:
@@ -264,8 +272,7 @@ class LiveMachine(Machine):
                     raise
                 self.problems.note(f"{e}; {procvmcore.PATH} is read instead, as far as its header reaches")
             else:
-                self._fds.append(opened.fd)
-                upper = opened.segments
+                upper = self._kept(opened)
                 self.unmapped += opened.refused
         lower: list[Segment] = []
         if self._wanted_source != "devmem" and self.core_header is not None and self.core_fd is not None:
@@ -287,9 +294,16 @@ class LiveMachine(Machine):
         return layer(only(aligned, covered(segments)), segments)
 
     def firmware_segments(self, wanted: RangeSet) -> list[Segment]:
-        opened = devmem.open_devmem(wanted, self.own, RangeSet())
-        self._fds.append(opened.fd)
-        return opened.segments
+        return self._kept(devmem.open_devmem(wanted, self.own, RangeSet()))
+
+    def _kept(self, opened: devmem.Opened) -> list[Segment]:
+        """The segments of *opened*, by the one descriptor of /dev/mem that is kept until :meth:`close`."""
+        if self._devmem_fd is None:
+            self._devmem_fd = opened.fd
+            self._fds.append(opened.fd)
+            return opened.segments
+        os.close(opened.fd)
+        return [s._replace(fd=self._devmem_fd) for s in opened.segments]
 
     def around_kernel(self) -> bool:
         if self._wanted_source == "vmcore":

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from itertools import pairwise
 from typing import NamedTuple
 
-from capture.envelope import Envelope
+from capture.envelope import FIRST_MIB, Envelope
 from guard.pageset import PageSet
 from guard.ranges import Range, RangeSet
 from guard.registry import Registry, Rule, allow_rule, bitmap_rule, deny_rule
@@ -95,13 +95,13 @@ class Entry(NamedTuple):
 def plausible_reservations(
     reserved: Iterable[tuple[str, int, int]], own: RangeSet | None, problems: Problems
 ) -> RangeSet:
-    """The crash reservations that agree with the memory *own* which the capture kernel really owns. None: nothing tells
-    what it owns (a host's dump of a guest whose capture kernel never ran); then the dead kernel's word is all there
-    is."""
+    """The crash reservations that agree with the memory *own* which the capture kernel really owns: a part of each, as
+    it is given all of them (arch/x86/kernel/crash.c:crash_setup_memmap_entries()). None: nothing tells what it owns (a
+    host's dump of a guest whose capture kernel never ran); then the dead kernel's word is all there is."""
     good = RangeSet()
     for name, start, end in reserved:
         span = RangeSet([(start, end)])
-        if own is not None and (span - own).size > MAX_RESERVED_BEYOND_OWN:
+        if own is not None and ((span - own).size > MAX_RESERVED_BEYOND_OWN or not span & (own - FIRST_MIB)):
             problems.note(
                 f"{name} {Range(start, end)} of the dead kernel is not what this kernel owns; only its own is left out"
             )
@@ -183,24 +183,25 @@ def settle(registry: Registry, env: Envelope, system_ram: RangeSet) -> None:
         registry.register(deny_rule("disputed", env.disputed, reason, page_size))
 
 
-def merged(runs: Callable[[], Iterator[Range]], bridges: RangeSet, most: int) -> tuple[list[Range], int]:
-    """The ascending *runs*, at most about *most* of them: those with the smallest gaps between become one, as long as
-    the gap lies in *bridges*. Also returns the largest gap that was bridged, 0 if none; *runs* is asked anew for each
-    try, so that no list of all has to be held."""
+def merged(runs: Callable[[], Iterator[Range]], bridges: RangeSet, most: int) -> tuple[list[Range], int] | None:
+    """The ascending *runs*, at most *most* of them: those with the smallest gaps between become one, as long as the gap
+    lies in *bridges*. Also returns the largest gap that was bridged, 0 if none; *runs* is asked anew for each try, so
+    that no list of all has to be held. None where too few gaps lie in *bridges*."""
     gap = 0
-    while True:
+    while gap <= WHOLE.end:
         found: list[Range] = []
         for run in runs():
             last = found[-1] if found else None
             if last and run.start - last.end <= gap and bridges.covers(last.end, run.start):
                 found[-1] = Range(last.start, run.end)
-            elif len(found) == most and gap < WHOLE.end:
+            elif len(found) == most:
                 break
             else:
                 found.append(run)
         else:
             return found, gap
         gap = 2 * gap or SMALLEST_BRIDGE
+    return None
 
 
 def largest(runs: Iterable[Range], most: int) -> tuple[list[Range], int, int]:

@@ -152,11 +152,11 @@ def run(dump: Dump, command: Sequence[str], path: str) -> int:
     try:
         _own_namespace()
         vmcore = _stand_in(server, service, names)
+        service.commit()  # if this process is killed, they serve until the command's namespace is gone
         plan = Plan(dump, vmcore, "" if there else path)
         try:
             with _Forwarding() as signals:
                 pid = _start(command, plan)
-                service.commit()  # if this process is killed, they serve until the command's namespace is gone
                 signals.to(pid)
                 status = wait(pid)
             plan.account(dump)

@@ -48,6 +48,11 @@ class _Bell:
             os.set_blocking(fd, False)
         signal.set_wakeup_fd(self._ring, warn_on_full_buffer=False)
 
+    def silence(self) -> None:
+        """Until it rings again; *rung* stays."""
+        with contextlib.suppress(BlockingIOError):
+            os.read(self.fd, 64)
+
     def renew(self) -> None:
         """In a child: the parent's rings for the parent."""
         os.close(self.fd)
@@ -66,6 +71,7 @@ class _Link:
 
     @staticmethod
     def pair() -> tuple[_Link, _Link]:
+        """The ends of parent and child. Raises OSError."""
         a, b = os.pipe(), os.pipe()
         return _Link(a[0], b[1]), _Link(b[0], a[1])
 
@@ -92,6 +98,8 @@ class _Worker:
         self.child = 0  # the other one's process id, where it is a child of this one
         self.when = self.due = 0.0
         self.bell = _Bell()
+        # who serves has forked the standby, and need not watch one more descriptor at each request
+        signal.signal(signal.SIGCHLD, lambda *_: None)
 
     def run(self) -> NoReturn:
         try:
@@ -120,7 +128,7 @@ class _Worker:
         ours, and no image that is mapped later gets locked."""
         lib.physmem_unmap(self.server.vmcore.memory.c)
         lib.service_lock_memory()
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, (*STOP_SIGNALS, signal.SIGCHLD))
 
     def _fork(self) -> None:
         """A standby. Returns in both processes."""
@@ -130,16 +138,17 @@ class _Worker:
         memory = self.server.vmcore.memory.c
         lib.physmem_rest(memory)  # the kernel's own vmcore is not to be held open there
         lib.physmem_unmap(memory)
-        ours, theirs = _Link.pair()
         signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+        links: tuple[_Link, ...] = ()
         try:
+            links = _Link.pair()
             self.child = os.fork()
-        except OSError:
-            ours.close()
-            theirs.close()
+        except OSError:  # better one process than none, and a new try later
+            for link in links:
+                link.close()
             self.when = now + FORK_PAUSE
         else:
-            mine, other = (ours, theirs) if self.child else (theirs, ours)
+            mine, other = links if self.child else links[::-1]
             other.close()
             self.other = mine
             if not self.child:
@@ -153,6 +162,7 @@ class _Worker:
     def _stand_by(self) -> None:
         assert self.other is not None
         while not self.other.gone():
+            self.bell.silence()
             if self.bell.rung:
                 self._leave()
             lib.service_watch([self.bell.fd, self.other.there], 2, -1)
@@ -173,6 +183,7 @@ class _Worker:
 
     def _serve(self) -> None:
         """See what there is to do, then serve until there is something again."""
+        self.bell.silence()
         if self.bell.rung:
             self._leave()
         self._hear()
@@ -183,7 +194,7 @@ class _Worker:
         if self.other is None and time.monotonic() >= self.when:
             self._fork()
             return
-        watch = (self.bell.fd, self.orders, self.other.there if self.other else -1)
+        watch = (self.bell.fd, self.orders)
         deadline = 0.0 if self.other else self.when
         if not self.shared.mounted:  # read(2) would say EPERM
             lib.service_watch(watch, len(watch), 100 if deadline else -1)
@@ -203,7 +214,8 @@ class _Worker:
                     self.shared.stopping = 1
 
     def _leave(self) -> NoReturn:
-        """By a signal, or because something went wrong: this one ends, and the other goes on unless it leaves too."""
+        """By a signal, or because something went wrong: this one ends, and the other goes on unless it leaves too. Of
+        two that leave at once, one has set its bit first, and the second sees it."""
         ours, theirs = 1 << self.slot, 1 << (1 - self.slot)
         if lib.service_leave(self.shared, ours) & theirs or self.other is None or self.other.gone():
             self._end()

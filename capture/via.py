@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -26,9 +27,12 @@ class Choice(NamedTuple):
 def choose(dump: Dump, command: Sequence[str], options: stage2.Options) -> Choice:
     """What this machine allows, the cheapest way to full speed first: no server and no boot inside of a collector that
     takes a library; stage 2 for all others; FUSE where neither is to be had."""
-    if command and not is_static(command[0]):
+    have_fuse = os.path.exists("/dev/fuse")
+    if command and have_fuse and not is_static(command[0]):
         return Choice(RUN, f"{command[0]} takes a library, and maps at the kernel's speed without another boot")
-    why_not_run = f"{command[0]} is statically linked" if command else "no command that could take a library"
+    why_not_run = "no command that could take a library"
+    if command:
+        why_not_run = f"{command[0]} is statically linked" if have_fuse else "no /dev/fuse"
     try:
         plan = stage2.plan(dump, options)
         stage2.check_memory(plan)

@@ -130,7 +130,16 @@ class X86_64(Arch):
     def _hear_witness(self, dump: Dump, dead: DeadKernel) -> None:
         reserved = [(r.name, r.start, r.end) for r in dead.reservations()]
         own = self.own() if self.machine.reports["iomem"].available else None
+        if not reserved and dead.symbols() and own and own - envelope.FIRST_MIB:
+            dump.problems.note("the dead kernel tells of no crash reservation; only what this kernel owns is left out")
         self.reserved = memory_map.plausible_reservations(reserved, own, dump.problems)
+        listed = dump.preloaded_ranges() if self.machine.core_header and dump.mode != PRELOADED else RangeSet()
+        if wrong := self.reserved & listed:
+            dump.problems.note(
+                f"{wrong} would have been set aside for this kernel, but the header that it was given lists it as old "
+                "memory; it is read"
+            )
+            self.reserved -= wrong
         memory_map.install_reservations(dump.registry, self.reserved - dump.backed_up())
         dead = self._reach_tree(dump, dead)
         self._locate_devices(dump, dead)
@@ -210,12 +219,13 @@ class X86_64(Arch):
         marks = None
         if known:
             rules.append(sections.rule(known, dump.registry.page_size))
-            sections.without_section(known, self.system_ram, dump.problems)
+            torn = sections.without_section(known, self.system_ram, dump.problems)
+            offline = known.offline & (self.system_ram or dump.envelope.boot)
             if known.doubtful(dump.envelope.all):
-                offline = known.offline & (self.system_ram or dump.envelope.boot)
-                self.doubts.append(
-                    (offline, "most of memory would have been offline, which damage is more likely to say")
-                )
+                why = "most of memory would have been offline, which damage is more likely to say"
+                self.doubts.append((offline, why))
+            elif torn or known.flaw:
+                self.doubts.append((offline, "it would have been offline, by sections that cannot be right elsewhere"))
             marks = dead.marks(dump.envelope.all - self.own())
         if marks:
             rules += [hwpoison.rule(marks), page_offline.rule(marks)]
@@ -295,9 +305,17 @@ class X86_64(Arch):
 
     def kernel_ranges(self, dump: Dump) -> list[Range] | None:
         """The PT_LOAD ranges that kexec_file_load(2) writes: each System RAM resource by itself, in the tree's order,
-        less low memory and the crash reservations."""
+        less low memory and the crash reservations. None where that tree lacks what may be read."""
         if not (self.dead and self.system_ram):
             dump.problems.note("layout kernel needs the dead kernel's resource tree; laid out by the memory map")
+            return None
+        tree = RangeSet((r.start, r.end) for r in self.dead.system_ram())
+        covered = tree.outer_pages(dump.registry.page_size)
+        lacking = next((run for run in dump.readable_runs() if not covered.covers(*run)), None)
+        if lacking:
+            dump.problems.note(
+                f"layout kernel: the dead kernel's resource tree lacks memory at {lacking}; laid out by the memory map"
+            )
             return None
         excluded = RangeSet([LOW_MEMORY]) | self.reserved
         return [piece for r in self.dead.system_ram() for piece in RangeSet([(r.start, r.end)]) - excluded]

@@ -11,6 +11,8 @@ from collections.abc import Generator
 
 import pytest
 
+from tests.pace import patience
+
 # A shell starts background jobs with SIGINT ignored, and all that they start inherits it; tests send that signal.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -23,11 +25,14 @@ REQUIRED = re.compile(
 )
 
 
+TIMEOUT, GUEST_TIMEOUT = 300, 1800
+"""Seconds of the usual machine after which a test is ended, whatever it waits for: what waits has an end of its own."""
+
 GUESTS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "vm", "")
 LATER_GUESTS = os.path.join(GUESTS, "test_stage2")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Three groups for two processes (make test), given out in this order: what is no guest, a part of the guests, and
     the other part to the process that is done first. A guest keeps one processor busy, and tests that count loop
     devices and mounts are not to meet each other."""
@@ -35,6 +40,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         path = str(item.path)
         group = "later guests" if path.startswith(LATER_GUESTS) else "guests" if path.startswith(GUESTS) else "others"
         item.add_marker(pytest.mark.xdist_group(group))
+        if not (item.get_closest_marker("timeout") or config.getoption("timeout") or config.getini("timeout")):
+            item.add_marker(pytest.mark.timeout(patience(TIMEOUT if group == "others" else GUEST_TIMEOUT)))
 
 
 @pytest.hookimpl(wrapper=True)

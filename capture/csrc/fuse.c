@@ -41,13 +41,14 @@ static int reply(const struct fuse_server *s, uint64_t unique, int error, const 
 
 static uint64_t node_size(const struct fuse_server *s, const struct fuse_node *node)
 {
-	struct stat text;
+	off_t end;
 
 	switch (node->kind) {
 	case FUSE_NODE_FOLDER:
 		return 0;
 	case FUSE_NODE_TEXT:
-		return fstat(node->text_fd, &text) ? 0 : (uint64_t)text.st_size;
+		end = lseek(node->text_fd, 0, SEEK_END);	/* its offset is used for nothing else */
+		return end < 0 ? 0 : (uint64_t)end;
 	default:
 		return s->view->size;
 	}
@@ -206,20 +207,22 @@ static int await_request(const struct fuse_server *s)
 {
 	struct pollfd wanted[1 + FUSE_WATCHED] = { { .fd = s->fd, .events = POLLIN } };
 	int left = until_deadline(s), ready;
+	nfds_t n = 1;
 
 	if (!left)
 		return FUSE_SERVE_WOKEN;
 	for (int i = 0; i < FUSE_WATCHED; i++)
-		wanted[1 + i] = (struct pollfd){ .fd = s->watch[i], .events = POLLIN };
-	ready = physmem_at_rest(s->view->mem) ? 0 : poll(wanted, 1 + FUSE_WATCHED, LINGER);
+		if (s->watch[i] >= 0)
+			wanted[n++] = (struct pollfd){ .fd = s->watch[i], .events = POLLIN };
+	ready = physmem_at_rest(s->view->mem) ? 0 : poll(wanted, n, LINGER);
 	if (!ready) {
 		physmem_rest(s->view->mem);
-		ready = poll(wanted, 1 + FUSE_WATCHED, left);
+		ready = poll(wanted, n, left);
 	}
 	if (ready < 0)
 		return -errno;
-	for (int i = 0; i < FUSE_WATCHED; i++)
-		if (wanted[1 + i].revents)
+	while (--n)
+		if (wanted[n].revents)
 			return FUSE_SERVE_WOKEN;
 	return ready ? 0 : FUSE_SERVE_WOKEN;
 }

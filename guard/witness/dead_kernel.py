@@ -28,7 +28,7 @@ from guard.witness.crash_notes import CpuNotes
 from guard.witness.e820 import E820Entry
 from guard.witness.memmap import Marks
 from guard.witness.memory import Memory, Problems
-from guard.witness.pagewalk import PageWalk, x86_64
+from guard.witness.pagewalk import START_KERNEL_MAP, PageWalk, x86_64
 from guard.witness.printk_log import HW_ERR, Log, told
 from guard.witness.reservations import Reservation
 from guard.witness.resources import Resource, Tree
@@ -49,7 +49,6 @@ _SYMBOLS = "symbols"
 _MACHINE_CHECKS = "machine checks"
 _NEWEST = 1 << 16
 """Records of the log that are looked through for machine checks: a fatal one stands at its end."""
-_MAX_IMAGE = 1 << 30
 _KERNEL_HALF = 0xFF00000000000000
 _PAGE_OFFSET = {4: 0xFFFF888000000000, 5: 0xFF11000000000000}
 """Start of the direct map without KASLR, by page table levels (arch/x86/include/asm/page_64_types.h)."""
@@ -136,8 +135,12 @@ class DeadKernel:
 
     def _read_text(self) -> KernelText:
         start, end = self._symbol("_text"), self._symbol("_end")
-        if not 0 < end - start <= _MAX_IMAGE:
-            raise WitnessError(f"_text {start:#x} to _end {end:#x} is not plausible")
+        # the linker sees to it (arch/x86/kernel/vmlinux.lds.S), and KASLR moves it inside of that
+        most = START_KERNEL_MAP + (self.info.number("KERNEL_IMAGE_SIZE") or 0)
+        if not START_KERNEL_MAP <= start < end <= most:
+            raise WitnessError(
+                f"_text {start:#x} to _end {end:#x} is not plausible, expected {START_KERNEL_MAP:#x} to {most:#x}"
+            )
         return KernelText(start, self.walk.translate(start), end - start)
 
     def page_offset(self) -> int:

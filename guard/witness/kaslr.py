@@ -19,7 +19,7 @@ from guard.witness.pagewalk import START_KERNEL_MAP, PageWalk
 
 _ALIGN = 2 << 20
 _IMAGE_SIZE = 1 << 30
-_MAX_PADDR = 1 << 52
+MAX_PADDR = 1 << 52
 _MAX_FOUND = 8
 _CHECK_TIME = 256  # places between two looks at the clock
 _NO_CPU = -1  # PANIC_CPU_INVALID
@@ -133,6 +133,6 @@ def _signed(mem: Memory, linked: int | None, shift: int, size: int) -> int:
     if linked is None:
         return 0
     paddr = linked + shift
-    if not 0 <= paddr < _MAX_PADDR:
+    if not 0 <= paddr < MAX_PADDR:
         raise WitnessError(f"a variable of the kernel would be at physical {paddr:#x}")
     return int.from_bytes(mem.read(paddr, size), "little", signed=True)

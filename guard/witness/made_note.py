@@ -14,7 +14,7 @@ from typing import NamedTuple, TypeVar
 from guard.errors import ReadError, WitnessError
 from guard.ranges import RangeSet
 from guard.witness.dead_kernel import WANTED
-from guard.witness.kaslr import Place, locate
+from guard.witness.kaslr import MAX_PADDR, Place, locate
 from guard.witness.memory import Memory, Problems
 from guard.witness.pagewalk import START_KERNEL_MAP
 from guard.witness.vmcoreinfo import Vmcoreinfo, note_of
@@ -173,9 +173,12 @@ def _variable(vmlinux: Vmlinux, name: str, place: Place, mem: Memory, problems: 
     """The 64-bit value of the dead kernel's variable *name*; 0 if there is none."""
     if name not in vmlinux.symbols:
         return 0
+    paddr = vmlinux.address(name) + place.shift
     try:
-        return int.from_bytes(mem.read(vmlinux.address(name) + place.shift, 8), "little")
-    except ReadError as error:
+        if not 0 <= paddr < MAX_PADDR:
+            raise WitnessError(f"it would be at physical {paddr:#x}")
+        return int.from_bytes(mem.read(paddr, 8), "little")
+    except (WitnessError, ReadError) as error:
         problems.note(f"{name} of the dead kernel cannot be read: {error}")
         return 0
 

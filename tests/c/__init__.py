@@ -12,6 +12,7 @@ from pathlib import Path
 from guard.compiled import compile_guard
 from guard.ranges import Range, RangeSet
 from guard.registry import Registry, bitmap_rule, deny_rule
+from tests.pace import patience
 
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent
@@ -34,7 +35,7 @@ def missing(*tools: str) -> str | None:
 
 
 def run(*command: str | Path, status: int = 0, timeout: float = 120) -> subprocess.CompletedProcess[bytes]:
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, timeout=timeout, check=False)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, timeout=patience(timeout), check=False)
     if done.returncode != status:
         told = (done.stdout[-2000:] + done.stderr[-4000:]).decode(errors="replace")
         raise AssertionError(f"{' '.join(map(str, command))[:500]}: status {done.returncode}\n{told}")

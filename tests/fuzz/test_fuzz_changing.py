@@ -14,11 +14,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from capture import record_pages, report
-from capture.dump import Dump, build
+from capture.dump import DYNAMIC, Dump, build
 from capture.image_machine import ImageMachine
 from capture.recorded import load
 from guard.errors import Error, ReadError, WitnessError
 from guard.physmem import ExactMemory, Touched
+from guard.procvmcore import PT_LOAD
 from guard.ranges import RangeSet
 from guard.witness import owners
 from guard.witness.btf import Btf
@@ -61,6 +62,9 @@ def check_note(note: bytes) -> None:
 def ask_for_everything(dump: Dump) -> None:
     assert all("\n" not in line for line in dump.problems)
     assert len(dump.problems) < 400
+    if dump.mode == DYNAMIC:
+        listed = RangeSet((p.paddr, p.paddr + p.memsz) for p in dump.core.phdrs if p.type == PT_LOAD)
+        assert not listed - dump.envelope.all.outer_pages(PAGE)
     assert report.map_text(dump)
     report.as_json(report.map_json(dump))
     report.as_json(report.guard_json(dump))

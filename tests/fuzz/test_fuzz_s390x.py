@@ -36,8 +36,6 @@ from tests.image.s390x_machine import (
 )
 from tests.image.s390x_oracle import PAGE
 
-pytestmark = pytest.mark.timeout(100)
-
 RAM = [(0, 12 * MIB), (16 * MIB, 20 * MIB)]
 CRASH = (8 * MIB, 10 * MIB)
 DEVICE = Device(GIB, 32, MIB, frozenset({0, 1, 2, 9, 20}), 24)

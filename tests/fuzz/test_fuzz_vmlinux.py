@@ -77,7 +77,7 @@ def damaged(data: bytes, start: int, seed: int) -> bytes:
     return bytes(new)
 
 
-@settings(deadline=None, suppress_health_check=list(HealthCheck), max_examples=150)
+@settings(deadline=None, suppress_health_check=list(HealthCheck), max_examples=400)
 @given(seed=st.integers(0, (1 << 32) - 1), types=st.booleans())
 def test_damaged_vmlinux(made: Kernel, seed: int, types: bool) -> None:
     used(made, damaged(made.sound, made.types if types else 0, seed))

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from guard.witness.resources import BUSY, EXCLUSIVE, SYSTEM_RAM
+from tests.pace import patience
 from tests.unit.witness_memory import OFFLINE_PAGE, PRSTATUS, DyingKernel, vmcoreinfo_note
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
@@ -320,7 +321,7 @@ def oldmem(*arguments: str | Path, timeout: float = 60.0) -> Result:
     done = subprocess.run(
         [sys.executable, "-m", "capture", *map(str, arguments)],
         capture_output=True,
-        timeout=timeout,
+        timeout=patience(timeout),
         env={**os.environ, "COLUMNS": "120"},
     )
     err = done.stderr.decode()

@@ -341,6 +341,7 @@ DAMAGES = [
     Damage(
         "kallsyms offsets that are all zero",
         [
+            "the dead kernel tells of no crash reservation; only what this kernel owns is left out",
             r"dead kernel's page_offset_base not known, 0xffff888000000000 is taken: .*",
             r"dead kernel's crash_notes not known, left out: nr_cpu_ids is 0, expected 1 to 8192",
             r"the dead kernel's resource tree does not count: it has no System RAM at ",

@@ -3,15 +3,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import filecmp
 import json
 import os
 import re
+import select
+import shutil
 import signal
 import stat
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,12 +21,13 @@ import pytest
 
 from tests.image.conftest import Recorded
 from tests.image.machines import oldmem, phdrs_of
+from tests.pace import patience, wait_until
 
 
 def shell(line: str, *arguments: str | Path, timeout: float = 60.0) -> subprocess.CompletedProcess[bytes]:
     """Run a line of bash; $0, $1... are *arguments*."""
     command = f"oldmem() {{ '{sys.executable}' -m capture \"$@\"; }}; {line}"
-    done = subprocess.run(["bash", "-c", command, *map(str, arguments)], capture_output=True, timeout=timeout)
+    done = subprocess.run(["bash", "-c", command, *map(str, arguments)], capture_output=True, timeout=patience(timeout))
     assert b"Traceback" not in done.stderr
     assert b"Exception ignored" not in done.stderr
     return done
@@ -161,11 +164,11 @@ def test_save_that_is_killed_at_any_moment_leaves_no_dump_by_its_final_name(
     command += ["--machine", str(small_machine.folder), "-o", str(out)]
     for size in (1, 1 << 20, 3 << 20, 5 << 20):  # of what is written so far
         saving = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-        end = time.monotonic() + 60
         part = tmp_path / "out-incomplete"
-        while saving.poll() is None and time.monotonic() < end:
-            if part.exists() and part.stat().st_blocks * 512 >= size:
-                break
+        while saving.poll() is None:
+            with contextlib.suppress(FileNotFoundError):
+                if part.stat().st_blocks * 512 >= size:
+                    break
         saving.kill()
         saving.wait(timeout=20)
         if out.exists():
@@ -186,13 +189,8 @@ def test_interrupted_save_leaves_no_dump_by_its_final_name(
     command = [sys.executable, "-m", "capture", "save", "--machine", str(small_machine.folder), "-o", str(fifo)]
     saving = subprocess.Popen(command, stderr=subprocess.PIPE)
     try:
-        end = time.monotonic() + 20
-        while time.monotonic() < end:  # until it has written something, and waits for us to read more
-            try:
-                if os.read(reader, 1):
-                    break
-            except BlockingIOError:
-                time.sleep(0.01)
+        # until it has written something, and waits for us to read more
+        wait_until("something written", lambda: select.select([reader], [], [], 0)[0] and os.read(reader, 1))
         saving.send_signal(number)
         err = saving.communicate(timeout=20)[1]
     finally:
@@ -208,6 +206,36 @@ def test_quiet_is_quiet_and_verbose_tells_more(tmp_path: Path, small_machine: Re
     assert verbose.lines[-1] == "oldmem: memory read from images"
     assert oldmem("header", "-q", "--machine", small_machine.folder, "-o", tmp_path / "b").lines == []
     assert filecmp.cmp(tmp_path / "a", tmp_path / "b", shallow=False)
+
+
+def test_quiet_plug_is_quiet(tmp_path: Path, small_machine: Recorded) -> None:
+    shutil.copytree(small_machine.folder, tmp_path / "copy", ignore=shutil.ignore_patterns("*.raw"))
+    document = json.loads((tmp_path / "copy/machine.json").read_text())
+    for entry in [*document["ram"], *document["virtio_mem"]]:  # that they lie elsewhere is told
+        entry["image"] = str(small_machine.folder / entry["image"])
+    (tmp_path / "copy/machine.json").write_text(json.dumps(document))
+    assert oldmem("plug", "--machine", tmp_path / "copy").lines
+    assert oldmem("plug", "-q", "--machine", tmp_path / "copy").lines == []
+
+
+@pytest.mark.parametrize(
+    "arguments", ["run --vmcore x", "header -o x", "guard -o x", "save -o x", "record --minimal x"]
+)
+def test_working_directory_that_is_gone_is_told(arguments: str, small_machine: Recorded, tmp_path: Path) -> None:
+    (tmp_path / "gone").mkdir()
+    command, _, more = arguments.partition(" ")
+    behind = "-- true" if command == "run" else ""
+    code = "from capture.cli import main; main()"
+    line = f"cd gone && rmdir ../gone && {sys.executable} -c '{code}' {command} -q --machine \"$0\" {more} {behind}"
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run(
+        ["bash", "-c", line, small_machine.folder], cwd=tmp_path, capture_output=True, timeout=60, env=environment
+    )
+    assert done.returncode == 1
+    assert done.stderr.decode() in (
+        "oldmem: x: No such file or directory\n",
+        "oldmem: working directory: No such file or directory\n",
+    )
 
 
 def test_header_to_standard_output(small_machine: Recorded, tmp_path: Path) -> None:
@@ -254,4 +282,5 @@ def test_init_over_a_recorded_machine_in_a_mount_namespace_of_its_own(
     lines = done.stdout.decode().splitlines()
     assert lines[0].startswith("oldmem: guarded vmcore at /run/oldmem/vmcore (")
     assert lines[1:] == ["guard.json", "map.json", "vmcore", "vmcore.direct", "ELF", "1"]
-    assert done.stderr == b"oldmem: something is mounted on /run/oldmem already; umount it first\n"
+    ours = "is served already, by another oldmem that is alive: end that first, by oldmem done or umount -l /run/oldmem"
+    assert done.stderr.decode() == f"oldmem: /run/oldmem {ours}\n"

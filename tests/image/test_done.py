@@ -64,6 +64,58 @@ def test_done_ends_the_service_and_keeps_the_reports(small: RecordedKernel, tmp_
     assert lines == ["init 0", "done 0", "0", "waited", "guard.json", "map.json", "again 0"]
 
 
+def stop_post() -> str:
+    """What systemd runs at the end of the unit, whatever has happened."""
+    unit = Path(__file__).parents[2] / "initramfs/systemd/oldmem.service"
+    (line,) = [line for line in unit.read_text().splitlines() if line.startswith("ExecStopPost=")]
+    return line.removeprefix("ExecStopPost=-/usr/bin/")
+
+
+@needs_fuse
+def test_units_end_takes_dead_mounts_away_and_nothing_else(small: RecordedKernel, tmp_path: Path) -> None:
+    script = f"""
+        o init -q --machine "$0" >/dev/null; echo init $?
+        mkdir /run/else /run/over; mount -t tmpfs oldmem /run/else; mount --bind /run/oldmem /run/over
+        pids=$(pgrep -f "init -q --machine $0"); kill -STOP $pids; kill -KILL $pids
+        for i in $(seq 100); do pgrep -f "init -q --machine $0" >/dev/null || break; sleep 0.1; done
+        cat /run/oldmem/vmcore 2>&1 >/dev/null | sed 's/.*: //'
+        {stop_post()}; echo stopped $?
+        grep 'fuse.oldmem' /proc/self/mountinfo | grep -c ' /run/oldmem '
+        grep -c /run/else /proc/self/mountinfo
+        o init -q --machine "$0" >/dev/null; echo init $?
+        cat /run/oldmem/vmcore | head -c 4 | tail -c 3; echo
+        o done; echo done $?
+    """
+    lines = in_namespace(tmp_path / "machine", script, tmp_path)
+    assert lines[:5] == ["init 0", "Transport endpoint is not connected", "stopped 0", "0", "1"]
+    assert lines[5:] == ["init 0", "ELF", "done 0"]
+
+
+@needs_fuse
+def test_init_and_done_after_a_crash_of_all_processes_just_work(small: RecordedKernel, tmp_path: Path) -> None:
+    script = """
+        o init -q --machine "$0" >/dev/null
+        end() { pids=$(pgrep -f "init -q --machine $0"); kill -STOP $pids; kill -KILL $pids; }
+        end; o init -q --machine "$0"; echo init $?
+        cat /run/oldmem/vmcore | head -c 4 | tail -c 3; echo
+        o init -q --machine "$0"; echo again $?
+        end; o done; echo done $?
+        grep 'fuse.oldmem' /proc/self/mountinfo | grep -c ' /run/oldmem '
+    """
+    lines = in_namespace(tmp_path / "machine", script, tmp_path)
+    assert lines[0] == "oldmem: warning: /run/oldmem: the oldmem that served it is dead; its mount is taken away"
+    assert "init 0" in lines
+    assert lines[lines.index("init 0") + 1] == "ELF"
+    assert (
+        "oldmem: /run/oldmem is served already, by another oldmem that is alive: end that first, by oldmem done or "
+        + ("umount -l /run/oldmem")
+        in lines
+    )
+    assert lines[-4] == "again 1"
+    assert "guard.json: no report, so that nothing tells what reads have lost" in lines[-3]
+    assert lines[-2:] == ["done 1", "0"]
+
+
 @needs_fuse
 def test_done_tells_what_reads_lost_after_init_had_gone_well(small: RecordedKernel, tmp_path: Path) -> None:
     """The image is cut off while it is served, as broken memory would be."""

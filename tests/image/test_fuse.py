@@ -14,12 +14,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from tests.image.conftest import Recorded
 from tests.image.machines import BLOCK, PAGE, oldmem, phdrs_of
+from tests.pace import patience, wait_until
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0 or not os.path.exists("/dev/fuse"), reason="needs root and /dev/fuse")
 
@@ -61,13 +63,8 @@ def server_and_standby(target: Path) -> tuple[int, int]:
     return pairs[0]
 
 
-def wait_until(what: str, done: object, seconds: float = 10.0) -> None:
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if done():  # type: ignore[operator]
-            return
-        time.sleep(0.02)
-    pytest.fail(f"{what}: not within {seconds:.0f} s")
+def is_gone(pid: int) -> bool:
+    return not os.path.exists(f"/proc/{pid}")
 
 
 def wait_until_gone(target: Path) -> None:
@@ -81,7 +78,7 @@ def ask(code: str, *arguments: str | Path | int, timeout: float = 60.0) -> str:
         [sys.executable, "-c", "import os, sys\n" + code, *map(str, arguments)],
         capture_output=True,
         text=True,
-        timeout=timeout,
+        timeout=patience(timeout),
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -396,7 +393,7 @@ def test_one_process_that_ends_is_replaced_and_the_mount_goes_on(
     for _ in range(2):
         pair = server_and_standby(folder)
         os.kill(pair[whom], number)
-        wait_until("it has ended", lambda pid=pair[whom]: pid not in processes_of(folder))
+        wait_until("it has ended", partial(is_gone, pair[whom]))
         assert same(folder / "vmcore.direct", saved_small)
         assert pair[1 - whom] in server_and_standby(folder)
     assert mounts_on(folder)
@@ -415,6 +412,54 @@ def test_sigterm_to_both_unmounts_and_ends_them_even_while_a_reader_keeps_the_se
         if reader:
             reader.kill()
             reader.wait(timeout=20)
+
+
+LAST_MIB = """
+with open(sys.argv[1], "rb", buffering=0) as a, open(sys.argv[2], "rb") as b:
+    for file in (a, b):
+        file.seek(-(1 << 20), os.SEEK_END)
+    print(a.read() == b.read())
+"""
+
+
+def test_request_that_a_killed_server_was_at_is_answered_by_its_standby(
+    folder: Path, mounts: Mounts, tmp_path: Path
+) -> None:
+    """The memory of this machine lies in a vmcore that another server serves: while that one is stopped, no request is
+    answered there."""
+    machine, target, reference = tmp_path / "machine", tmp_path / "upper", tmp_path / "saved"
+    (machine / "root/proc").mkdir(parents=True)
+    (machine / "root/proc/iomem").write_text("00001000-0009fbff : System RAM\n01000000-017fffff : System RAM\n")
+    ram = {"image": str(folder / "vmcore.direct"), "offset": 1 << 20, "paddr": 0, "size": 32 << 20}
+    (machine / "machine.json").write_text(json.dumps({"format": 1, "arch": "x86_64", "ram": [ram], "virtio_mem": []}))
+    target.mkdir()
+    mounts.targets.append(target)
+    assert oldmem("save", "-q", "--machine", machine, "-o", reference).status in (0, 4)
+    assert oldmem("mount", "-q", "--machine", machine, target).status in (0, 4)
+    server, standby = server_and_standby(target)
+    lower = server_and_standby(folder)
+
+    def doing() -> str:
+        return Path(f"/proc/{server}/syscall").read_text().split()[0]
+
+    idle = doing()
+    for pid in lower:
+        os.kill(pid, signal.SIGSTOP)
+    command = [sys.executable, "-c", "import os, sys\n" + LAST_MIB, str(target / "vmcore.direct"), str(reference)]
+    reader = subprocess.Popen(command, stdout=subprocess.PIPE)
+    try:
+        wait_until("request in flight", lambda: doing() not in (idle, "running"), 30.0)
+        os.kill(server, signal.SIGKILL)
+        wait_until("dead", lambda: server not in processes_of(target))
+    finally:
+        for pid in lower:
+            os.kill(pid, signal.SIGCONT)
+    try:
+        assert reader.communicate(timeout=30)[0] == b"True\n"
+    finally:
+        reader.kill()
+        reader.wait()
+    assert server_and_standby(target)[0] == standby
 
 
 SERVE = """

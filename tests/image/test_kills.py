@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Any one process killed at any moment: no mount that does not answer, no dump that comes to an end.
 
-The moments are drawn from the time that an undisturbed start takes here; what must hold holds at each of them, so that
-no check depends on which ones they are. OLDMEM_KILLS=N tries N of each kind instead of a few."""
+While it all starts, a moment is a line of Python at which a process ends itself (killed_at.py); afterwards moments come
+at random. OLDMEM_KILLS=N tries about N of each kind instead of a few; from some hundred on, every line."""
 
 from __future__ import annotations
 
@@ -14,61 +14,24 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 
+from guard import child
 from tests.image.conftest import Recorded
-from tests.image.test_fuse import ask, mounts_on, same, wait_until
+from tests.image.test_fuse import mounts_on
+from tests.pace import wait_until
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0 or not os.path.exists("/dev/fuse"), reason="needs root and /dev/fuse")
 
 KILLS = int(os.environ.get("OLDMEM_KILLS", "5"))
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
+LINES = {"command": 240, "server": 120, "standby": 36, "probe": 4}  # of Python until all is served, more or less
 LONG = 30.0  # seconds that what must come to pass may take on a busy machine
-
-# Starts commands, each a child with a name of its own, which its own children inherit: one line says what to do, and
-# the answers are its process id and, once it has ended, its wait status
-STARTER = """
-import os, signal, sys
-from capture.dump import build
-from capture.fuse import FuseServer
-from capture.image_machine import ImageMachine
-from capture.init import bring_up
-from capture.recorded import load
-from capture.service import Service
-from guard._core import ffi, lib
-
-PR_SET_NAME = 15
-dump = build(ImageMachine(load(sys.argv[1])), "kernel")
-for line in sys.stdin:
-    name, how, folder, over = line.rstrip("\\n").split("\\t")
-    pid = os.fork()
-    if not pid:
-        code = 1
-        try:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-            word = ffi.new("char[]", name.encode())
-            lib.prctl(PR_SET_NAME, word)
-            if how == "init":
-                bring_up(dump, folder, over)
-            else:
-                server = FuseServer(dump.vmcore, folder, {})
-                with Service(server, [server.target]) as service:
-                    server.mount()
-                    service.mounted()
-                    service.wait_until_served()
-                    service.wait_until_ended()
-            code = 0
-        except KeyboardInterrupt:
-            code = 130
-        finally:
-            os._exit(code)
-    print(pid, flush=True)
-    print(os.waitpid(pid, 0)[1], flush=True)
-"""
 
 
 def processes_named(name: str) -> dict[int, int]:
@@ -92,9 +55,11 @@ class Started(NamedTuple):
     over: Path
     pid: int
 
-    def status(self) -> int:
+    def ended(self) -> tuple[int, bool]:
+        """Its status; whether the line was come to at which one of its processes was to be killed."""
         assert self.starter.stdout is not None
-        return os.waitstatus_to_exitcode(int(self.starter.stdout.readline()))
+        status, killed = self.starter.stdout.readline().split()
+        return os.waitstatus_to_exitcode(int(status)), killed == "1"
 
     def servers(self) -> list[int]:
         """Server and standby, in this order, as far as they are there. The probe is a child of the command too, in
@@ -141,23 +106,38 @@ class Started(NamedTuple):
 
 
 def is_dead(target: Path) -> bool:
-    code = """
-import errno
-try:
-    os.statvfs(sys.argv[1])
-    with open(sys.argv[1] + "/vmcore" if os.path.isdir(sys.argv[1]) else sys.argv[1], "rb") as file:
-        file.read(4)
-    print(0)
-except OSError as e:
-    print(e.errno)
-"""
-    return ask(code, target, timeout=LONG).strip() in (str(errno.ENOTCONN), str(errno.ECONNABORTED), str(errno.EIO))
+    """Asked in a child: no test hangs with a server that does not answer."""
+
+    def look() -> None:
+        try:
+            os.statvfs(target)
+            with open(target / "vmcore" if target.is_dir() else target, "rb", buffering=0) as file:
+                file.read(4)
+        except OSError as e:
+            if e.errno in (errno.ENOTCONN, errno.ECONNABORTED, errno.EIO):
+                raise
+
+    return child.run(look, LONG) != ""
+
+
+def ends_as(target: Path, reference: Path) -> bool:
+    """Are the first and the last bytes of *target* those of *reference*?"""
+
+    def look() -> None:
+        with target.open("rb", buffering=0) as a, reference.open("rb", buffering=0) as b:
+            for at, whence in ((0, os.SEEK_SET), (-(1 << 20), os.SEEK_END)):
+                a.seek(at, whence)
+                b.seek(at, whence)
+                assert a.read(1 << 20) == b.read(1 << 20)
+
+    return child.run(look, LONG) == ""
 
 
 class Commands:
     def __init__(self, machine: Path, folder: Path) -> None:
         self._starter = subprocess.Popen(
-            [sys.executable, "-c", STARTER, machine],
+            [sys.executable, "-m", "tests.image.killed_at", machine],
+            cwd=Path(__file__).parents[2],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -167,7 +147,7 @@ class Commands:
         self._n = 0
         self._made: list[Started] = []
 
-    def start(self, how: str) -> Started:
+    def start(self, how: str, whom: str = "nobody", line: int = 0, number: int = 0) -> Started:
         self._n += 1
         folder = self._folder / f"mnt{self._n}"
         over = self._folder / f"vmcore{self._n}"
@@ -176,7 +156,7 @@ class Commands:
         name = f"k{self._starter.pid}.{self._n}"
         assert self._starter.stdin is not None
         assert self._starter.stdout is not None
-        self._starter.stdin.write(f"{name}\t{how}\t{folder}\t{over}\n")
+        self._starter.stdin.write("\t".join(map(str, (name, how, folder, over, whom, line, number))) + "\n")
         self._starter.stdin.flush()
         started = Started(self._starter, name, folder, over, int(self._starter.stdout.readline()))
         self._made.append(started)
@@ -201,76 +181,75 @@ def commands(small_machine: Recorded, tmp_path: Path) -> Iterator[Commands]:
     made.close()
 
 
-@pytest.fixture
-def start_takes(commands: Commands) -> float:
-    """Seconds of an undisturbed start, as they are here and now."""
-    begun = time.monotonic()
-    command = commands.start("init")
-    assert command.status() == 0
-    seconds = time.monotonic() - begun
-    assert command.whole()
-    command.end()
-    return seconds
+def lines(commands: Commands, how: str, whom: str, number: int) -> Iterator[tuple[int, Started, int]]:
+    """Each line at which that process can be killed, or some of them; the command, which has ended, and its status."""
+    line, rng = 0, random.Random(f"{how} {whom} {number}")
+    while True:
+        line += rng.randint(1, max(1, 2 * LINES[whom] // KILLS - 1))
+        command = commands.start(how, whom, line, number)
+        status, killed = command.ended()
+        if not killed:
+            assert status == 0
+            command.end()
+            return
+        yield line, command, status
 
 
 @pytest.mark.parametrize("number", SIGNALS)
-def test_command_killed_while_it_starts_leaves_all_or_nothing(
-    number: signal.Signals, commands: Commands, start_takes: float
-) -> None:
-    rng = random.Random(number)
-    for _ in range(KILLS):
-        command = commands.start("init")
-        time.sleep(rng.uniform(0, 1.2) * start_takes)
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(command.pid, number)
-        command.status()
+def test_command_killed_at_any_line_leaves_all_or_nothing(number: signal.Signals, commands: Commands) -> None:
+    seen: Counter[str] = Counter()
+    for line, command, status in lines(commands, "init", "command", number):
+        assert status
         command.settle()
+        seen["all" if command.whole() else "nothing"] += 1
+        assert seen["nothing"] or line > 5
         command.end()
+    assert seen["nothing"]
+    print(dict(seen))
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+@pytest.mark.parametrize("whom", ["server", "standby", "probe"])
+def test_server_killed_at_any_line_while_the_command_starts_costs_nothing_once_there_are_two(
+    whom: str, number: signal.Signals, commands: Commands, saved_small: Path
+) -> None:
+    seen: Counter[str] = Counter()
+    for line, command, status in lines(commands, "init", whom, number):
+        seen[f"status {status}"] += 1
+        if status:
+            assert whom == "server"
+            assert not seen["status 0"], line
+            wait_until("all gone", command.gone, LONG)
+        else:
+            command.settle()
+            assert command.whole(), line
+            assert ends_as(command.over, saved_small)
+            command.end()
+    assert seen["status 0"]
+    print(dict(seen))
 
 
 @pytest.mark.parametrize("number", SIGNALS)
 def test_command_in_the_foreground_leaves_nothing_whenever_it_is_killed(
-    number: signal.Signals, commands: Commands, start_takes: float
+    number: signal.Signals, commands: Commands
 ) -> None:
     """It never lets go of its servers: also when nobody has mounted yet, and when all is served."""
-    rng = random.Random(number)
-    for _ in range(KILLS):
+    rng, seen = random.Random(number), Counter[str]()
+    for n in range(2 * KILLS):
         command = commands.start("foreground")
-        time.sleep(rng.uniform(0, 2) * start_takes)
+        for what in ("server", "standby", "mount")[: n % 4]:
+            wait_until(what, command.mounted if what == "mount" else command.servers, LONG)
+        time.sleep(rng.uniform(0, 0.02))
+        seen["mounted" if command.mounted() else "not yet mounted"] += 1
         os.kill(command.pid, number)
-        command.status()
+        command.ended()
 
         def gone(command: Started = command) -> bool:
             assert not command.dead_mounts()
             return command.gone()
 
         wait_until("all gone", gone, LONG)
-
-
-@pytest.mark.parametrize("number", SIGNALS)
-@pytest.mark.parametrize("whom", [0, 1], ids=["server", "standby"])
-def test_server_killed_while_the_command_starts_costs_at_most_that_start(
-    whom: int, number: signal.Signals, commands: Commands, start_takes: float, saved_small: Path
-) -> None:
-    """It costs none where the standby was there; without one, nothing is mounted."""
-    rng = random.Random(10 * number + whom)
-    for _ in range(KILLS):
-        command = commands.start("init")
-        delay = rng.uniform(0, 1) * start_takes
-        wait_until("servers", lambda c=command: len(c.servers()) > whom or not processes_named(c.name), LONG)
-        time.sleep(delay)
-        both = command.servers()
-        if len(both) > whom:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(both[whom], number)
-        if command.status():
-            assert len(both) < 2
-            wait_until("all gone", command.gone, LONG)
-            continue
-        command.settle()
-        assert command.whole()
-        assert same(command.over, saved_small)
-        command.end()
+    print(dict(seen))
 
 
 READER = """
@@ -291,7 +270,7 @@ def test_reader_gets_every_byte_while_servers_are_killed_under_it(
     name: str, commands: Commands, saved_small: Path, tmp_path: Path
 ) -> None:
     command = commands.start("init")
-    assert command.status() == 0
+    assert command.ended() == (0, False)
     reference = tmp_path / "reference"
     reference.symlink_to(saved_small)
     reader = subprocess.Popen(

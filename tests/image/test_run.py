@@ -16,6 +16,7 @@ import pytest
 from capture.run import LIBRARY, PLAN_VARIABLE
 from tests.image.conftest import Recorded
 from tests.image.machines import DEVICE, RecordedKernel, oldmem, phdrs_of, plugged_spans
+from tests.pace import patience
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0 or not os.path.exists("/dev/fuse"), reason="needs root and /dev/fuse")
 
@@ -27,7 +28,7 @@ def run(
     folder: Path, *command: str | Path, options: tuple[str | Path, ...] = (), **more: object
 ) -> subprocess.CompletedProcess[str]:
     line: list[str | Path] = [sys.executable, "-m", "capture", "run", "--machine", folder, *options, "--", *command]
-    return subprocess.run(line, capture_output=True, text=True, timeout=100, **more)  # type: ignore[call-overload, no-any-return]
+    return subprocess.run(line, capture_output=True, text=True, timeout=patience(100), **more)  # type: ignore[call-overload, no-any-return]
 
 
 def made(folder: Path) -> Path:

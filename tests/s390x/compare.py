@@ -16,6 +16,7 @@ from drgn import Program
 from capture.check import check
 from guard.errors import Error
 from guard.procvmcore import PT_LOAD, read_header
+from tests.pace import patience
 from tests.vm.harness.cache import ROOT
 
 TIMEOUT = 300
@@ -79,7 +80,7 @@ def _oldmem(arguments: list[str | Path], output: int | None) -> list[str]:
     """What the command says on standard error, and that it failed if it did."""
     command = [sys.executable, "-m", "capture", *arguments]
     done = subprocess.run(
-        command, cwd=ROOT, stdout=output, stderr=subprocess.PIPE, text=True, timeout=TIMEOUT, check=False
+        command, cwd=ROOT, stdout=output, stderr=subprocess.PIPE, text=True, timeout=patience(TIMEOUT), check=False
     )
     return done.stderr.splitlines() + ([f"exit status {done.returncode}"] if done.returncode else [])
 
@@ -103,7 +104,11 @@ def _readers(ours: str, real: str) -> tuple[str, ...]:
 
 def _readelf(path: str) -> str:
     return subprocess.run(
-        ["readelf", "--wide", "--headers", "--notes", path], capture_output=True, text=True, timeout=TIMEOUT, check=True
+        ["readelf", "--wide", "--headers", "--notes", path],
+        capture_output=True,
+        text=True,
+        timeout=patience(TIMEOUT),
+        check=True,
     ).stdout
 
 

@@ -24,6 +24,7 @@ class Guest(AnyGuest):
     capture kernel's has."""
 
     capture_append = CONSOLE
+    usual_boot = 30.0
 
     def __init__(
         self,

@@ -18,6 +18,7 @@ from pathlib import Path
 from capture import recorded
 from capture.recorded import RamImage, RecordedMachine, VirtioMemState
 from guard import procvmcore
+from tests.pace import patience
 from tests.s390x import pieces
 from tests.s390x.guest import Guest
 from tests.s390x.scenarios import Scenario
@@ -102,7 +103,7 @@ def copy(source: Path, target: Path, size: int | None = None) -> None:
     """A sparse copy of the first *size* bytes."""
     count = [] if size is None else [f"count={size}", "iflag=count_bytes"]
     command = ["dd", f"if={source}", f"of={target}", "bs=1M", "conv=sparse", "status=none", *count]
-    subprocess.run(command, check=True, timeout=COPY_TIMEOUT)
+    subprocess.run(command, check=True, timeout=patience(COPY_TIMEOUT))
     with open(target, "r+b") as file:  # a hole at the end is not made by dd
         file.truncate(source.stat().st_size if size is None else size)
 

@@ -120,13 +120,36 @@ def test_kernel_with_the_release_in_its_name_comes_before_the_one_without(roots:
 
 def test_kernel_of_another_release_is_refused(roots: Path) -> None:
     path = put(roots / "boot/vmlinuz", bz_image("6.1.0-9"))
-    for asked in (None, path):
-        with pytest.raises(Error) as caught:
-            boot_image.find_kernel(asked, RELEASE)
-        assert str(caught.value) == f"{path}: is of kernel 6.1.0-9, expected the running one, {RELEASE}"
+    why = f"{path}: is of kernel 6.1.0-9, expected the running one, {RELEASE}"
+    with pytest.raises(Error) as caught:
+        boot_image.find_kernel(path, RELEASE)
+    assert str(caught.value) == why
+    with pytest.raises(Error) as caught:
+        boot_image.find_kernel(None, RELEASE)
+    assert str(caught.value) == f"no image of this kernel ({RELEASE}): {why}; --kernel names it"
     put(roots / "boot/vmlinuz", bz_image("6.1.0-9", name=0))
     with pytest.raises(Error, match="is of kernel of no name, expected"):
         boot_image.find_kernel(None, RELEASE)
+
+
+@pytest.mark.parametrize(
+    "foreign",
+    [bz_image("6.1.0-9"), b"no kernel at all", bz_image(RELEASE, version=0x209), None],
+    ids=lambda f: len(f or ""),
+)
+def test_what_is_not_the_running_kernel_does_not_hide_it(foreign: bytes | None, roots: Path) -> None:
+    for place in KERNELS:
+        if foreign is None:
+            (roots / place[1:]).mkdir(parents=True)
+        else:
+            put(roots / place[1:], foreign)
+    right = put(roots / "sysroot" / KERNELS[-1][1:], bz_image(RELEASE))
+    assert boot_image.find_kernel(None, RELEASE).path == right
+    Path(right).unlink()
+    with pytest.raises(Error) as caught:
+        boot_image.find_kernel(None, RELEASE)
+    for place in KERNELS:
+        assert f"{roots}{place}: " in str(caught.value)
 
 
 def test_kernel_that_is_nowhere_is_one_clear_line(roots: Path) -> None:

@@ -110,6 +110,17 @@ def test_no_source_of_ram_is_an_error_that_names_what_was_tried(fake: Fake, tmp_
     assert "\n" not in str(caught.value)
 
 
+def test_no_source_of_ram_is_an_error_with_a_reason_where_all_could_be_read(fake: Fake) -> None:
+    machine = fake(e820=False)
+    machine.reports |= {name: report._replace(problems=()) for name, report in machine.reports.items()}
+    with pytest.raises(SourceError) as caught:
+        build(machine)
+    assert str(caught.value) == (
+        "no source tells where the dead machine's RAM was: by fw_cfg, smbios, srat there is none, or something else "
+        "lies there"
+    )
+
+
 def test_preloaded_header_stands_in_for_firmware_and_that_is_told(fake: Fake) -> None:
     dump = build(fake(e820=False, core=vmcore_header([(2 * MIB, 32 * MIB)])))
     assert loads(dump) == [(2 * MIB, 32 * MIB)]

@@ -7,6 +7,7 @@ from __future__ import annotations
 import errno
 import mmap
 import os
+import signal
 import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -288,6 +289,30 @@ def test_pinned_pages_hold_what_is_put_there_until_it_changes() -> None:
         with pytest.raises(Error, match=f"^the pinned pages at {place.addr:#x} have been changed$"):
             place.check()
     finally:
+        place.take_back()
+
+
+@needs_root
+def test_pinned_pages_stay_where_they_are_while_there_are_children() -> None:
+    place = Pinned(5 * PAGE)
+    children: list[int] = []
+    try:
+        place.put(b"before")
+        before = pfns_by_pagemap(place)
+        for _ in range(2):
+            pid = os.fork()
+            if not pid:
+                signal.pause()
+                os._exit(0)
+            children.append(pid)
+        place._map[:] = bytes(len(place._map))
+        place.put(b"after" * PAGE)
+        assert pfns_by_pagemap(place) == before
+        place.check()
+    finally:
+        for pid in children:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
         place.take_back()
 
 

@@ -5,18 +5,22 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from capture.machine import LiveMachine
-from guard import devmem
+from capture.machine import SOURCES, LiveMachine
+from capture.sources.report import SourceReport
+from guard import devmem, procvmcore, virtio_mem
 from guard.corefile import CoreFile
 from guard.errors import Error
 from guard.ranges import RangeSet
 from guard.witness.memory import Problems
 from tests.image.machines import vmcore_header
 
+needs_x86 = pytest.mark.skipif(os.uname().machine != "x86_64", reason="of another machine the kernel makes the header")
 WHY = "table at 0x7000: version 2, expected 1"
 
 
@@ -68,6 +72,78 @@ def test_firmware_memory_is_shown_by_dev_mem_and_its_file_closed_with_the_machin
     machine.close()
     with pytest.raises(OSError, match="Bad file descriptor"):
         os.fstat(segment.fd)
+
+
+def test_one_descriptor_of_dev_mem_is_kept_however_often_it_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = devmem.open_devmem
+    monkeypatch.setattr(LiveMachine, "own", RangeSet())
+    with tempfile.NamedTemporaryFile() as memory:
+        memory.truncate(1 << 20)
+        monkeypatch.setattr(
+            devmem, "open_devmem", lambda wanted, own, buffers: opened(wanted, own, buffers, path=memory.name)
+        )
+        machine = live("auto")
+        before = len(os.listdir("/proc/self/fd"))
+        segments = [s for at in range(8) for s in machine.firmware_segments(RangeSet([(at << 13, at + 1 << 13)]))]
+        assert len(os.listdir("/proc/self/fd")) == before + 1
+        assert len({s.fd for s in segments}) == 1
+        assert [s.offset for s in segments] == [at << 13 for at in range(8)]
+        machine.close()
+        assert len(os.listdir("/proc/self/fd")) == before
+
+
+def _read_below(read: Callable[[str], SourceReport], folder: str, _: str) -> SourceReport:
+    return read(folder)
+
+
+@pytest.fixture
+def capture_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A capture environment by the files below the folder that is given: proc/iomem is to be put there."""
+    (tmp_path / "proc").mkdir()
+    for name, read in list(SOURCES.items()):
+        monkeypatch.setitem(SOURCES, name, partial(_read_below, read, str(tmp_path)))
+    monkeypatch.setattr(procvmcore, "PATH", str(tmp_path / "proc/vmcore"))
+    monkeypatch.setattr(virtio_mem, "query_all", lambda root, allow_bound: [])
+    (tmp_path / "proc/vmcore").write_bytes(vmcore_header([(0, 4096)], bytes(100)))
+    return tmp_path
+
+
+NOT_TOLD = "; without it own memory cannot be told from old memory"
+
+
+@needs_x86
+@pytest.mark.parametrize(
+    ("iomem", "why"),
+    [
+        (b"00000000-00000fff : Reserved\n", "has no System RAM, expected this kernel's own"),
+        (b"00000000-00000fff : Reserved\nnonsense\n", "has no System RAM, expected this kernel's own"),
+        (b"000a0000-000bffff : PCI Bus 0000:00\n  000a0000-000bffff : 0000:00:02.0\n", "has no System RAM, expected"),
+        (b"", "tells of no resource at all, expected the kernel's own memory; ignored"),
+        (b"00000000-00000000 : System RAM\n", "all addresses read as zero, expected real ones"),
+        (None, "absent"),
+    ],
+)
+def test_capture_kernel_that_tells_no_memory_of_its_own_is_one_line(
+    iomem: bytes | None, why: str, capture_kernel: Path
+) -> None:
+    if iomem is not None:
+        (capture_kernel / "proc/iomem").write_bytes(iomem)
+    with pytest.raises(Error) as told:
+        LiveMachine()
+    assert str(told.value).startswith(f"{capture_kernel}/proc/iomem: {why}")
+    assert str(told.value).endswith(NOT_TOLD)
+    assert "\n" not in str(told.value)
+
+
+@needs_x86
+def test_live_machine_is_what_the_capture_environment_tells(capture_kernel: Path) -> None:
+    (capture_kernel / "proc/iomem").write_text("01000000-017fffff : System RAM\n")
+    machine = LiveMachine()
+    assert machine.live
+    assert RangeSet([(0x1000000, 0x1800000)]) & machine.own == RangeSet([(0x1000000, 0x1800000)])
+    assert machine.core_header is not None
+    assert machine.devices == []
+    machine.close()
 
 
 def with_core(path: Path, data: bytes) -> LiveMachine:

@@ -84,7 +84,6 @@ def test_backup_of_low_memory_with_another_offset_in_the_page_is_not_taken_for_w
     assert header.size == 0x3000
 
 
-@pytest.mark.timeout(60)
 def test_tens_of_thousands_of_ptloads_are_laid_out_at_once(open_file: OpenFile) -> None:
     built = core(*((n * 0x4000, n * 0x4000 + 0x2000) for n in range(60_000)))
     fd = open_file(built.header)

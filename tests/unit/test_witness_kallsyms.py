@@ -221,7 +221,6 @@ def test_random_bytes_as_tables_end_quickly_with_an_error(content: bytes) -> Non
     assert mem.reads < 1000
 
 
-@pytest.mark.timeout(60)
 def test_names_without_end_are_cut_off() -> None:
     kernel = DyingKernel()
     kernel.finish()

@@ -15,7 +15,6 @@ import pytest
 from tests.vm.harness import FetchError, Guest, missing, prefetch
 
 HERE = Path(__file__).resolve().parent
-TIMEOUT = 600
 
 
 class MakeGuest(Protocol):
@@ -46,8 +45,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if HERE in item.path.parents:
             item.add_marker(pytest.mark.vm)
             item.add_marker(pytest.mark.slow)
-            if item.get_closest_marker("timeout") is None:
-                item.add_marker(pytest.mark.timeout(TIMEOUT))
 
 
 @pytest.fixture(scope="session")

@@ -32,7 +32,7 @@ def test_under_lockdown_nothing_of_an_unqueried_device_is_read(crashed_guest: Ma
 
 def test_under_lockdown_the_in_kernel_driver_gates(crashed_guest: MakeCrashedGuest) -> None:
     g = crashed_guest(devices=DEVICES, load="c", load_append="lockdown=integrity", after_load=shrink)
-    g.sh("modprobe virtio_mem; sleep 1")
+    g.bind_in_kdump_mode()
     part = "dd-dynamic if=/proc/vmcore bs=1M skip=100 2>/dev/null | sha256sum"
     inside = g.sh(f"oldmem run -q -- {part}", timeout=200)
     assert extra(g) == 0
@@ -48,7 +48,8 @@ def test_under_lockdown_the_in_kernel_driver_gates(crashed_guest: MakeCrashedGue
 
 def test_driver_bound_in_kdump_mode_is_asked_and_bound_again(crashed_guest: MakeCrashedGuest) -> None:
     g = crashed_guest(devices=DEVICES, load="c", after_load=shrink)
-    g.sh("modprobe virtio_mem; sleep 1; ls /sys/bus/virtio/drivers/virtio_mem/ | grep -q virtio")
+    g.bind_in_kdump_mode()
+    g.sh("ls /sys/bus/virtio/drivers/virtio_mem/ | grep -q virtio")
     device = json.loads(g.sh("oldmem plug --json"))["devices"][0]
     assert sum(end - start for start, end in device["plugged"]) == 64 * MiB
     g.sh("ls /sys/bus/virtio/drivers/virtio_mem/ | grep -q virtio")

@@ -115,14 +115,66 @@ def test_kernels_vmcore_is_open_only_while_it_is_read(crashed_guest: MakeCrashed
         g.sh("umount /proc/vmcore /run/oldmem")
 
 
-def test_killed_server_gives_the_kernels_own_vmcore_back(crashed_guest: MakeCrashedGuest) -> None:
+# of the processes called oldmem, the one whose child is another one
+SERVER = """all=$(pidof oldmem)
+for p in $all; do
+    q=$(sed -n 's/^PPid:.//p' /proc/$p/status)
+    case " $all " in *" $q "*) echo $q ;; esac
+done"""
+
+# A reader into a pipe that is not emptied before the server has been killed: then it is in the middle of its work
+UNDER_KILLS = """{ %s; echo $? >/tmp/status; } 2>/tmp/log | {
+    dd bs=4k count=250 iflag=fullblock 2>/dev/null
+    for n in 1 2 3; do
+        for i in $(seq 600); do pid=$(sh /tmp/server); [ -z "$pid" ] || break; sleep 0.1; done
+        kill -%s "$pid" || echo not killed
+        dd bs=4k count=250 iflag=fullblock 2>/dev/null
+    done
+    cat
+} | md5sum; cat /tmp/status"""
+
+DUMPS = (
+    "dd if=/proc/vmcore bs=64k",
+    "dd if=/run/oldmem/vmcore.direct bs=1M",
+    "makedumpfile -E -F -d 31 /proc/vmcore",
+)
+
+
+def test_dump_in_progress_goes_on_when_its_servers_are_killed(crashed_guest: MakeCrashedGuest) -> None:
+    g = crashed_guest(memory=512 * MiB)
+    kernels = g.sh("stat -c %s /proc/vmcore")
+    g.sh("oldmem init -q")
+    g.put({"/tmp/server": SERVER.encode()})
+    for dump in DUMPS:
+        undisturbed = g.sh(f"{dump} 2>/dev/null | md5sum", timeout=400).split()[0]
+        for number in ("KILL", "TERM") if dump == DUMPS[0] else ("KILL",):
+            told = g.sh(UNDER_KILLS % (dump, number), timeout=600).split()
+            assert told == [undisturbed, "-", "0"], (dump, number, g.sh("tail -5 /tmp/log"))
+    assert json.loads(g.sh("cat /run/oldmem/guard.json"))["unreadable"] == []
+
+    # all of them at once: an error for who reads, no zeros; and what the unit ends with gives the kernel's own back
+    assert g.sh("grep -c fuse.oldmem /proc/mounts").strip() == "2"
+    g.sh("pids=$(pidof oldmem); kill -STOP $pids; kill -KILL $pids; while pidof oldmem; do sleep 0.1; done", timeout=60)
+    assert "not connected" in g.sh("cat /proc/vmcore 2>&1 >/dev/null; true")
+    g.sh("umount -a -l -t fuse.oldmem")
+    assert "oldmem" not in g.sh("cat /proc/mounts")
+    assert g.sh("stat -c %s /proc/vmcore") == kernels
+    assert g.sh("head -c 4 /proc/vmcore | od -An -tx1").split() == ["7f", "45", "4c", "46"]
+
+
+def test_servers_that_are_ended_give_the_kernels_own_vmcore_back(crashed_guest: MakeCrashedGuest) -> None:
     g = crashed_guest(devices=DEVICES, load="c", after_load=resize)
     kernels = g.sh("stat -c %s /proc/vmcore")
     g.sh("oldmem init -q")
     assert g.sh("stat -c %s /proc/vmcore") != kernels
-    # the server is the child of the watcher, hence the youngest
-    g.sh("kill -9 $(pidof oldmem | tr ' ' '\\n' | sort -n | tail -1); sleep 2")
+    # as systemd ends them, and as the OOM killer would if it could
+    g.sh("kill -TERM $(pidof oldmem); while pidof oldmem; do sleep 0.1; done", timeout=60)
     assert g.sh("stat -c %s /proc/vmcore") == kernels
     assert "oldmem" not in g.sh("cat /proc/mounts")
+    g.sh("oldmem init -q")
+    for name, wanted in (("oom_score_adj", "-1000"), ("status", "VmLck")):
+        told = g.sh(f"for p in $(pidof oldmem); do cat /proc/$p/{name}; done")
+        assert told.count(wanted) == 2
+    assert "VmLck:\t       0 kB" not in g.sh("for p in $(pidof oldmem); do grep VmLck /proc/$p/status; done")
     header = g.sh("head -c 4 /proc/vmcore | od -An -tx1")
     assert header.split() == ["7f", "45", "4c", "46"]

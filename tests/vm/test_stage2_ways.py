@@ -118,7 +118,7 @@ def test_without_image_or_signature_or_a_tool_the_vmcore_is_served_over_fuse(cra
     assert "stage2: no command that could take a library; the kernel itself can serve" in said
     assert "warning: no stage 2: kexec_file_load(2): Operation not permitted" in said
     assert "over FUSE instead" in said
-    g.sh("modprobe virtio_mem; sleep 1")
+    g.bind_in_kdump_mode()
     status, said = g.run("oldmem stage2 -n -q")
     assert status == 4
     start = g.plug_truth()["vm0"].memaddr
@@ -147,7 +147,7 @@ def test_a_header_in_the_way_of_a_segment_goes_elsewhere(crashed_guest: MakeCras
     command = script(g, IN_THE_WAY)
     g.put_boot_files()
     g.serial.send(f"{command} --pinned > /dev/ttyS0 2>&1")
-    seen = g.serial.wait_said(r"oldmem: not there: 0x([0-9a-f]+)[\r\n]", 100)
+    seen = g.serial.wait_said("oldmem: not there: 0x([0-9a-f]+)", 100)
     g.ready = g.serial.wait_ready(60)
     assert g.ready.vmcore
     assert f"elfcorehdr=0x{seen}" not in g.sh("cat /proc/cmdline")
@@ -156,9 +156,10 @@ def test_a_header_in_the_way_of_a_segment_goes_elsewhere(crashed_guest: MakeCras
 
 def test_power_cut_between_load_and_jump_leaves_no_trace_on_the_disk(crashed_guest: MakeCrashedGuest) -> None:
     g = crashed_guest(devices=DEVICES, **ROOM)
-    command = script(g, "import time\nkexec.jump = lambda: time.sleep(100)")
+    command = script(g, "import time\nkexec.jump = lambda: (open('/tmp/jumping', 'w').close(), time.sleep(1 << 30))")
     g.put_boot_files()
-    g.sh(f"{command} > /tmp/said 2>&1 & until grep -q 1 /sys/kernel/kexec_loaded; do sleep 0.2; done; sleep 1")
+    g.sh(f"{command} > /tmp/said 2>&1 & until [ -e /tmp/jumping ]; do sleep 0.1; done")
+    g.sh("grep -q 1 /sys/kernel/kexec_loaded")
     os.kill(g.pid, signal.SIGKILL)
     assert list(data_extents(g.scratch, g.scratch.stat().st_size)) == []
 

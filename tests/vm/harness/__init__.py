@@ -19,12 +19,12 @@ likes; guests end with the test::
         assert g.extents("vm0").size == 480 * MiB
 
 In the guest: ``sh`` (output, or GuestError), ``run`` (status and output), ``put`` and ``get`` (files), ``resize``,
-``fragment``, ``load``, ``crash``; ``put_boot_files`` and ``next_stage`` to kexec once more. ``modprobe`` knows the
-modules of ``images.MODULES``; the capture kernel has virtio_pci, virtio_blk, fuse and qemu_fw_cfg loaded, never
-virtio_mem. From the host: ``plug_truth`` (QEMU's word),
+``fragment``, ``load``, ``crash``; ``bind_in_kdump_mode`` (the driver, in the capture kernel); ``put_boot_files`` and
+``next_stage`` to kexec once more. ``modprobe`` knows the modules of ``images.MODULES``; the capture kernel has
+virtio_pci, virtio_blk, fuse and qemu_fw_cfg loaded, never virtio_mem. From the host: ``plug_truth`` (QEMU's word),
 ``extents``, ``populated`` and ``allocated`` (which blocks have host memory behind them: the plugged ones and any other
 that was touched), ``ram_files`` (every byte; inside ``with g.paused()`` it holds still), ``ram_map`` (which physical
-addresses QEMU calls RAM), ``console_tail``.
+addresses QEMU calls RAM), ``console_tail``. Time-outs are in seconds of the usual machine (tests/pace.py).
 
 Unless told otherwise a guest is a machine that tells all: a PC with SMBIOS and SRAT whose fw_cfg is read, and which
 keeps the address of VMCOREINFO. Machines that tell less, or something else, are made by parameters that combine::

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A stock Debian guest: booted, plugged, crashed, and looked at from the host. All that waits has a time-out; errors
-carry the last lines of the guest's console."""
+"""A stock Debian guest: booted, plugged, crashed, and looked at from the host. All that waits has a time-out, in
+seconds of the usual machine: how long the guest takes to boot says how many of this one's that are (tests/pace.py).
+Errors carry the last lines of the guest's console."""
 
 from __future__ import annotations
 
@@ -18,6 +19,7 @@ from types import TracebackType
 from typing import Literal, Self
 
 from guard.ranges import RangeSet
+from tests import pace
 
 from . import debian, images, memory
 from .hardware import Board, Machine, microvm, q35
@@ -46,6 +48,8 @@ class AnyGuest(ABC):
     capture_append: str
     """Command line of the capture kernel."""
     serial: Serial
+    usual_boot: float
+    """Seconds from the start of QEMU to the shell, on the usual machine."""
     _qemu: Qemu
 
     @abstractmethod
@@ -57,10 +61,12 @@ class AnyGuest(ABC):
         """Kernel and initramfs that :meth:`load` loads."""
 
     def __enter__(self) -> Self:
+        start = time.monotonic()
         self._qemu = self._start()
         try:
             self.serial = Serial(self._qemu.console)
             self.ready = self.serial.wait_ready(BOOT_TIMEOUT)
+            pace.slow((time.monotonic() - start) / self.usual_boot)
             for device in self.devices.values():
                 self._wait_settled(device.name)
         except BaseException:
@@ -173,6 +179,13 @@ class AnyGuest(ABC):
         )
         return self.resize(name, size)
 
+    def bind_in_kdump_mode(self) -> None:
+        """In the capture kernel: loads the driver of virtio-mem, and waits until it has all devices. It lets them keep
+        what they have plugged only where there is a /proc/vmcore; elsewhere this is a GuestError."""
+        said = "memory hot(un)plug disabled in kdump kernel"
+        until = f"until [ $(dmesg | grep -cF '{said}') -ge {len(self.devices)} ]; do sleep 0.1; done"
+        self.sh(f"test -e /proc/vmcore && modprobe virtio_mem && {until}")
+
     def ram_map(self) -> RangeSet:
         """Physical addresses at which a CPU finds RAM now, as QEMU has them (``info mtree -f``)."""
         views = self.monitor("info mtree -f").split("FlatView #")
@@ -216,17 +229,17 @@ class AnyGuest(ABC):
             self._qemu.qmp.command("cont")
 
     def _wait_settled(self, name: str, timeout: float = 120) -> int:
-        end = time.monotonic() + timeout
+        deadline = pace.Deadline(timeout)
         last, since = -1, 0.0
         while True:
             truth = self.plug_truth()[name]
             now = time.monotonic()
             if truth.size != last:
                 last, since = truth.size, now
-            if truth.size == truth.requested or now - since > SETTLE:
+            if truth.size == truth.requested or now - since > pace.patience(SETTLE):
                 return truth.size
-            if now > end:
-                raise ConsoleError(f"{name}: still changing after {timeout:.0f} s, {truth}\n{self.console_tail}")
+            if deadline.left() <= 0:
+                raise ConsoleError(f"{name}: still changing, {truth}, last lines:\n{self.console_tail}")
             time.sleep(0.1)
 
 
@@ -246,6 +259,7 @@ class Guest(AnyGuest):
 
     capture_append = "console=ttyS0 irqpoll nr_cpus=1 reset_devices panic=-1 harness.capture"
     modules: tuple[str, ...] = images.MODULES
+    usual_boot = 4.0
 
     def __init__(
         self,
@@ -314,10 +328,10 @@ class Guest(AnyGuest):
         plugged back to the host."""
         total = self._qemu.qmp.command("query-balloon")["actual"]
         self._qemu.qmp.command("balloon", value=total - size)
-        deadline = time.monotonic() + timeout
+        deadline = pace.Deadline(timeout)
         while self._qemu.qmp.command("query-balloon")["actual"] != total - size:
-            if time.monotonic() > deadline:
-                raise GuestError(f"the balloon did not grow to {size} bytes in {timeout:g} s")
+            if deadline.left() <= 0:
+                raise GuestError(f"the balloon did not grow to {size} bytes, last lines:\n{self.console_tail}")
             time.sleep(0.1)
 
     @property

@@ -8,6 +8,8 @@ import json
 import socket
 from typing import Any
 
+from tests.pace import patience
+
 TIMEOUT = 30.0
 
 
@@ -20,7 +22,6 @@ class Qmp:
 
     def __init__(self, connection: socket.socket) -> None:
         self._socket = connection
-        self._socket.settimeout(TIMEOUT)
         self._buffer = b""
         self._receive("greeting")
         self.command("qmp_capabilities")
@@ -42,11 +43,12 @@ class Qmp:
         self._socket.close()
 
     def _receive(self, what: str) -> dict[str, Any]:
+        self._socket.settimeout(patience(TIMEOUT))
         while b"\n" not in self._buffer:
             try:
                 data = self._socket.recv(65536)
             except TimeoutError:
-                raise QmpError(f"{what}: no answer from QEMU in {TIMEOUT:.0f} s") from None
+                raise QmpError(f"{what}: no answer from QEMU in {patience(TIMEOUT):.0f} s") from None
             except OSError as error:
                 raise QmpError(f"{what}: {error}") from None
             if not data:

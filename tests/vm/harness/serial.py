@@ -1,14 +1,17 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """A guest's serial console as a shell. The guest's side is guest/init: a non-interactive ``sh`` on a raw tty. Each
-command runs in a shell of its own between two markers, so what the kernel prints before or after does no harm."""
+command runs in a shell of its own between two markers, so what the kernel prints before or after does no harm. Bytes
+arrive as they like: whatever is waited for ends with the end of its line. Time-outs are in seconds of the usual machine
+(tests/pace.py)."""
 
 from __future__ import annotations
 
 import re
 import shlex
 import socket
-import time
 from typing import NamedTuple
+
+from tests.pace import Deadline, patience
 
 READY = re.compile(rb"HARNESS-READY vmcore=(yes|no) release=(\S+) uptime=(\S+)\r?\n")
 TAIL = 40
@@ -58,8 +61,9 @@ class Serial:
         return Ready(match[1] == b"yes", match[2].decode(), float(match[3]))
 
     def wait_said(self, pattern: str, timeout: float) -> str:
-        """Waits for what matches *pattern*, and returns its first group. Raises ConsoleError."""
-        return self._wait(re.compile(pattern.encode()), timeout, f"`{pattern}`")[1].decode()
+        """Waits for a line in which *pattern* matches, to its end, and returns the first group. Raises ConsoleError."""
+        line = re.compile(pattern.encode() + rb"[^\r\n]*\r*\n")
+        return self._wait(line, timeout, f"`{pattern}`")[1].decode()
 
     def run(self, command: str, timeout: float) -> Result:
         """Runs *command* with sh in the guest. Raises ConsoleError."""
@@ -82,11 +86,11 @@ class Serial:
         return f"HARNESS-BEGIN-{self._count}", f"HARNESS-END-{self._count}"
 
     def _wait(self, pattern: re.Pattern[bytes], timeout: float, what: str) -> re.Match[bytes]:
-        end = time.monotonic() + timeout
+        deadline = Deadline(timeout)
         while not (match := pattern.search(self._buffer)):
-            left = end - time.monotonic()
+            left = deadline.left()
             if left <= 0:
-                raise ConsoleError(f"console: no {what} in {timeout:.0f} s; last lines:\n{self.tail}")
+                raise ConsoleError(f"console: no {what} in {patience(timeout):.0f} s; last lines:\n{self.tail}")
             self._socket.settimeout(left)
             try:
                 data = self._socket.recv(65536)
