@@ -73,7 +73,7 @@ def build_static(into: Path, name: str, *flags: str, built: Path | None = None) 
 def build_other(into: Path, *flags: str) -> Path:
     """The library once more, for a program that has it already."""
     out = into / "other.so"
-    run("gcc", *OPTIONS, *flags, "-shared", "-fPIC", "-fvisibility=hidden", *SOURCES, "-o", out)
+    run("gcc", *OPTIONS, *flags, "-shared", "-fPIC", "-fvisibility=hidden", *SOURCES, "-o", out, timeout=600)
     return out
 
 

@@ -17,7 +17,14 @@ TESTS = (
     *("witness_memmap", "../image/test_done", "../image/test_dump", "../image/test_fuse*", "../image/test_run*"),
 )
 
-# dd asks for what the C standard did not allow before C23, and glibc gives; ASan ends it for that
+# Not with ASan in all that they start, but whole without: test, and why
+EXCEPT = {
+    "tests/image/test_done.py::test_done_ends_the_service_and_keeps_the_reports": "pgrep hangs, with or without us",
+    "tests/image/test_run_readers.py::test_common_program_gives_the_saved_bytes[curl]": "curl does so too",
+    "tests/image/test_run.py::test_collector_without_room_for_more_mappings_gets_the_bytes": "nor has ASan any",
+}
+
+# dd and split ask for a size that is no multiple of the alignment, which glibc gives, and ASan ends them for that
 SHIM = "#include <malloc.h>\nvoid *aligned_alloc(size_t alignment, size_t n) { return memalign(alignment, n); }\n"
 
 
@@ -43,7 +50,7 @@ def build(folder: Path) -> None:
             shutil.copytree(path, folder / path.name, ignore=ignored)
         else:
             shutil.copy(path, folder)
-    flags = " ".join(("-g", "-O1", "-fno-omit-frame-pointer", *ASAN_FLAGS))
+    flags = " ".join(("-g", "-O1", "-fno-omit-frame-pointer", *ASAN_FLAGS, "-fsanitize-undefined-trap-on-error"))
     command = (
         "-W",
         "ignore",
@@ -66,15 +73,15 @@ def environment(folder: Path, reports: Path) -> dict[str, str]:
     shim = folder / "shim.so"
     gcc = ("gcc", "-O2", "-shared", "-fPIC", "-x", "c", "-", "-o", shim)
     subprocess.run(gcc, input=SHIM.encode(), timeout=TIMEOUT, check=True)
-    runtime = [run("gcc", f"-print-file-name=lib{name}.so").stdout.decode().strip() for name in ("asan", "ubsan")]
+    runtime = run("gcc", "-print-file-name=libasan.so").stdout.decode().strip()
     # "oldmem run" puts its library in front of what is preloaded already, the runtime among it; that needs the runtime,
     # which is therefore initialised first all the same. What Python never frees is no leak of ours. A SIGBUS that is
-    # passed on ends a process as it does without ASan. What servers and collectors write may be seen by nobody.
-    asan = f"detect_leaks=0:verify_asan_link_order=0:handle_sigbus=0:log_path={reports}/report"
+    # passed on ends a process as it does without ASan. What servers and collectors write may be seen by nobody, so all
+    # is written to files; for UBSan that is done by trapping, and by ASan, which tells of it.
+    asan = f"detect_leaks=0:verify_asan_link_order=0:handle_sigbus=0:handle_sigill=1:log_path={reports}/report"
     return {
-        "LD_PRELOAD": " ".join([str(shim), *runtime]),
+        "LD_PRELOAD": f"{shim} {runtime}",
         "ASAN_OPTIONS": asan,
-        "UBSAN_OPTIONS": f"print_stacktrace=1:log_path={reports}/report",
         "PYTHONMALLOC": "malloc",  # its own allocator would hide what is freed
         "PYTHONPATH": str(folder),
         "CI": "true",  # nothing may be skipped for want of something
@@ -92,8 +99,12 @@ def check(folder: Path) -> str:
     for path in run(*under, sys.executable, "-c", where).stdout.decode().split():
         if not path.startswith(f"{folder}/") or b"__asan_init" not in Path(path).read_bytes():
             raise AssertionError(f"{path}: has no sanitizer")
+    collected = run(*under, sys.executable, "-m", "pytest", "--collect-only", "-q", *files(), timeout=TIMEOUT).stdout
+    if gone := set(EXCEPT) - set(collected.decode().splitlines()):
+        raise AssertionError(f"to be left out, but not there: {', '.join(sorted(gone))}")
+    left_out = (f"--deselect={test}" for test in EXCEPT)
     options = ("-q", "-n", "2", "--dist", "loadgroup", "-p", "no:cacheprovider", "--hypothesis-profile=ci")
-    command = (sys.executable, "-m", "pytest", *options, "-o", f"timeout={TIMEOUT:.0f}")
+    command = (sys.executable, "-m", "pytest", *options, "-o", f"timeout={TIMEOUT:.0f}", *left_out)
     done = run(*under, *command, *files(), timeout=2 * TIMEOUT)
     for report in reports.iterdir():
         raise AssertionError(f"in some process of the tests:\n{report.read_text(errors='replace')[:4000]}")
