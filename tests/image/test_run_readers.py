@@ -124,8 +124,8 @@ def test_mapping_of_refused_pages_does_not_grow_zeros(small_machine: Recorded, t
         assert oldmem("header", "--layout", "kernel", "--machine", folder, "-o", file.name).status == 0
     (device,) = [p for p in phdrs_of((tmp_path / "header").read_bytes()) if p.paddr == DEVICE[0]]
     deny = f"{DEVICE[0] + (3 << 20):x}-{DEVICE[0] + (3 << 20) + 4095:x}"
-    line = [sys.executable, "-m", "capture", "run", "--machine", folder, "--layout", "kernel", "--deny", deny, "--"]
-    line += [sys.executable, "-c", script, str(device.offset + (3 << 20))]
+    line: list[Path | str] = [sys.executable, "-m", "capture", "run", "--machine", folder, "--layout", "kernel"]
+    line += ["--deny", deny, "--", sys.executable, "-c", script, str(device.offset + (3 << 20))]
     done = subprocess.run(line, capture_output=True, text=True, timeout=HUNG, check=False)
     assert (done.returncode, done.stderr) == (0, "")
 
