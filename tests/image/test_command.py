@@ -283,7 +283,7 @@ def test_init_over_a_recorded_machine_in_a_mount_namespace_of_its_own(
         'echo; oldmem init --machine "$0"; echo $?\n'
         "umount /run/oldmem\n"
     )
-    line = 'export -f oldmem; exec timeout 50 unshare --mount --propagation private bash "$1" "$0"'
+    line = 'export -f oldmem; exec timeout 50 unshare -mpf --kill-child --mount-proc bash "$1" "$0"'
     line = line.replace('bash "$1" "$0"', 'bash -c ". $1" "$0"').replace("$1", str(script))
     done = shell(line, small_machine.folder)
     if done.returncode == 99:

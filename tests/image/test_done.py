@@ -28,10 +28,12 @@ needs_fuse = pytest.mark.skipif(not HAVE_FUSE, reason="needs root and /dev/fuse,
 
 
 def in_namespace(folder: Path, script: str, tmp_path: Path) -> list[str]:
-    """The lines that *script* says, run in a mount namespace with an empty /run; $0 is *folder*, o runs the command."""
+    """The lines that *script* says, run in a mount namespace with an empty /run; $0 is *folder*, o runs the command.
+    All processes that it has started end with it, whatever its end."""
     head = f'mount -t tmpfs tmpfs /run || exit 99\no() {{ "{sys.executable}" -m capture "$@"; }}\n'
     (tmp_path / "script").write_text(head + script)
-    words = ["timeout", "60", "unshare", "--mount", "--propagation", "private", "bash", "-c", f". {tmp_path}/script"]
+    apart = ["unshare", "--mount", "--propagation", "private", "--pid", "--fork", "--kill-child", "--mount-proc"]
+    words = ["timeout", "60", *apart, "bash", "-c", f". {tmp_path}/script"]
     done = subprocess.run([*words, folder], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=90)
     if done.returncode == 99:
         pytest.skip("cannot mount in a namespace")
@@ -202,7 +204,7 @@ def test_service_that_another_mount_hides_is_in_nobodys_way(small: RecordedKerne
 @needs_fuse
 def test_nothing_is_mounted_where_no_proc_could_tell_of_it(small: RecordedKernel, tmp_path: Path) -> None:
     script = """
-        mkdir /run/on; umount -l /proc
+        mkdir /run/on; umount -l /proc; umount -l /proc
         o mount -q --machine "$0" /run/on; echo mount $?; ls /run/on
         o done; echo done $?
         mount -t proc proc /proc; grep -c " /run/on " /proc/self/mountinfo
