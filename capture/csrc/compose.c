@@ -7,8 +7,6 @@
 
 #include "after.h"
 
-enum { ZERO_FLAGS = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE };
-
 /* One call of compose(), under way. */
 struct laying {
 	const struct composer *c;
@@ -173,7 +171,7 @@ int64_t compose(const struct composer *c, void **at, uint64_t offset, uint64_t n
 		*at = base;
 		return (int64_t)n;
 	}
-	base = c->mmap(*at, n, PROT_READ, ZERO_FLAGS | fixed, -1, 0);
+	base = c->mmap(*at, n, PROT_READ, COMPOSER_EMPTY | fixed, -1, 0);
 	if (base == MAP_FAILED)
 		return -errno;
 	l.at = base;

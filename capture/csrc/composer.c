@@ -78,7 +78,8 @@ static bool take_rules(struct composer *c)
 
 bool composer_ready(struct composer *c)
 {
-	return faults_catch(c) && (__atomic_load_n(&c->gate, __ATOMIC_ACQUIRE) || take_rules(c));
+	/* the rules come last: who sees them need not ask for anything before, at each read and mapping */
+	return __atomic_load_n(&c->gate, __ATOMIC_ACQUIRE) || (faults_catch(c) && take_rules(c));
 }
 
 /*
@@ -126,9 +127,7 @@ static bool is_file(int fd, const struct plan_file *file)
 
 void composer_unmap(const struct composer *c, void *at, uint64_t n, int fixed)
 {
-	const int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED;
-
-	if (fixed != MAP_FIXED || c->mmap(at, n, PROT_NONE, flags, -1, 0) == MAP_FAILED)
+	if (fixed != MAP_FIXED || c->mmap(at, n, PROT_NONE, COMPOSER_EMPTY | MAP_FIXED, -1, 0) == MAP_FAILED)
 		sys_munmap(at, n);
 }
 

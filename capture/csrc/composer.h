@@ -3,9 +3,13 @@
 #ifndef OLDMEM_COMPOSER_H
 #define OLDMEM_COMPOSER_H
 
+#include <sys/mman.h>
 #include <sys/types.h>
 
 #include "plan.h"
+
+/* Pages of nobody's: zeros, which cost no memory. */
+enum { COMPOSER_EMPTY = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE };
 
 struct composer {
 	const struct plan *plan;		/* all of the mapped file */

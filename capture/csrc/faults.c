@@ -56,7 +56,6 @@ static bool is_readable(uintptr_t at)
  */
 static bool put_zeros(const struct composer *c, uintptr_t at)
 {
-	const int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED;
 	struct vma vma;
 	int64_t page;
 
@@ -72,7 +71,7 @@ static bool put_zeros(const struct composer *c, uintptr_t at)
 	__atomic_fetch_or(&c->tally->failed[page / 64], UINT64_C(1) << page % 64, __ATOMIC_SEQ_CST);
 	if (__atomic_load_n(&c->tally->ended, __ATOMIC_SEQ_CST))
 		return false;
-	return c->mmap((void *)at, plan_page(c), PROT_READ, flags, -1, 0) != MAP_FAILED;
+	return c->mmap((void *)at, plan_page(c), PROT_READ, COMPOSER_EMPTY | MAP_FIXED, -1, 0) != MAP_FAILED;
 }
 
 static bool on_sigbus(const siginfo_t *info, void *context)
