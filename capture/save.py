@@ -49,11 +49,6 @@ def _quiet(_: str) -> None:
     pass
 
 
-def _write_all(fd: int, data: memoryview) -> None:
-    while data:
-        data = data[os.write(fd, data) :]
-
-
 def _data_runs(buffer: bytearray, size: int, c_buffer: object) -> list[tuple[int, int]]:
     """The parts of the buffer that are not whole zero pages, as [start, end)."""
     runs: list[tuple[int, int]] = []
@@ -79,11 +74,11 @@ def copy(vmcore: Vmcore, fd: int, sparse: bool, progress: Progress) -> None:
         os.ftruncate(fd, vmcore.size)  # where that is more than the file system holds, it is better known now
     while size := vmcore.read_into(offset, c_buffer, CHUNK):
         if not sparse:
-            _write_all(fd, view[:size])
+            whole_file.write_all(fd, view[:size])
         elif not lib.all_zero(c_buffer, size):
             for start, end in _data_runs(buffer, size, c_buffer):
                 os.lseek(fd, offset + start, os.SEEK_SET)
-                _write_all(fd, view[start:end])
+                whole_file.write_all(fd, view[start:end])
         offset += size
         progress.show(offset)
     progress.show(offset, final=True)

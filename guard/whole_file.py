@@ -117,7 +117,7 @@ def replace(path: str, data: bytes) -> None:
     try:
         begun = _begun_beside(path)
         try:
-            _write_all(begun.fd, data)
+            write_all(begun.fd, data)
             begun.put(path)
         except BaseException:
             with contextlib.suppress(OSError):
@@ -183,14 +183,15 @@ def write(path: str, data: bytes) -> None:
         return
     fd = open_special(path)
     try:
-        _write_all(fd, data)
+        write_all(fd, data)
     except OSError as e:
         raise OSError(e.errno, e.strerror, path) from None
     finally:
         os.close(fd)
 
 
-def _write_all(fd: int, data: bytes) -> None:
+def write_all(fd: int, data: bytes | memoryview) -> None:
+    """All of *data*, however little the kernel takes at a time. Raises OSError."""
     view = memoryview(data)
     while view:
         view = view[os.write(fd, view) :]
