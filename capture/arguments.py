@@ -136,7 +136,7 @@ def parser(version: str) -> argparse.ArgumentParser:
     p.add_argument(
         "--report", type=name, metavar="FILE", help="where to write what was refused and what could not be read"
     )
-    p.add_argument("argv", metavar="COMMAND", nargs="+", help="a dynamically linked program, and its arguments")
+    p.add_argument("argv", metavar="COMMAND", nargs="+", help="a program, and its arguments")
     p = command("check", "verify a vmcore")
     p.add_argument("file", type=name)
     p = command("record", "write this machine's state as a folder for --machine", *both)

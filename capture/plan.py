@@ -8,6 +8,7 @@ import errno
 import mmap
 import os
 import stat
+import struct
 from array import array
 from bisect import bisect_right
 from collections.abc import Iterator
@@ -218,9 +219,7 @@ class Plan:
 
     def _end(self) -> None:
         """Whoever is left of the collector gets an error from here on where a page fails, for nobody is told of it."""
-        tally = ffi.new("struct plan_tally *")
-        tally.ended = 1
-        os.pwrite(self._tally, ffi.buffer(ffi.addressof(tally, "ended"), 8), ffi.offsetof("struct plan_tally", "ended"))
+        os.pwrite(self._tally, struct.pack("=Q", 1), ffi.offsetof("struct plan_tally", "ended"))
 
     def close(self) -> None:
         if len(self._fds) == 2:
