@@ -7,7 +7,9 @@ from __future__ import annotations
 import os
 import re
 import signal
-from collections.abc import Generator
+import subprocess
+from collections.abc import Generator, Iterator
+from pathlib import Path
 
 import pytest
 
@@ -27,6 +29,21 @@ REQUIRED = re.compile(
 
 TIMEOUT, GUEST_TIMEOUT = 300, 1800
 """Seconds of the usual machine after which a test is ended, whatever it waits for: what waits has an end of its own."""
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Path]:
+    """A file system of 64 KiB, or as many as the parameter says."""
+    if os.geteuid():
+        pytest.skip("needs root")
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    size = f"size={getattr(request, 'param', 64)}k"
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", size, "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("cannot mount a tmpfs")
+    yield disk
+    subprocess.run(["umount", disk], check=True)
+
 
 GUESTS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "vm", "")
 LATER_GUESTS = os.path.join(GUESTS, "test_stage2")

@@ -82,6 +82,19 @@ def phdrs_of(data: bytes) -> list[Phdr]:
     return [Phdr(*struct.unpack_from("<IIQQQQQQ", data, phoff + 56 * i)) for i in range(phnum)]
 
 
+def device_load(vmcore: Path) -> Phdr:
+    """The PT_LOAD of the virtio-mem device that a RecordedKernel has."""
+    with open(vmcore, "rb") as file:
+        (device,) = [p for p in phdrs_of(file.read(1 << 16)) if p.paddr == DEVICE[0]]
+    return device
+
+
+def copied(machine: Path, to: Path) -> Path:
+    """A copy of a machine's folder, to be changed; images have their holes there too."""
+    subprocess.run(["cp", "-r", "--sparse=always", machine, to], check=True, timeout=patience(60))
+    return to
+
+
 def vmcore_header(loads: Sequence[Span], notes: bytes = b"", vaddr: int = 0xFFFF888000000000) -> bytes:
     """What /proc/vmcore starts with for these ranges, in the kernel's own layout."""
     head = (64 + 56 * (len(loads) + 1) + PAGE - 1) // PAGE * PAGE

@@ -14,7 +14,6 @@ import signal
 import stat
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -100,16 +99,6 @@ def test_device_that_is_full_is_one_line(small_machine: Recorded) -> None:
     for command in ("header", "save"):
         result = oldmem(command, "--machine", small_machine.folder, "-o", "/dev/full")
         assert (result.status, result.lines) == (1, ["oldmem: /dev/full: No space left on device"])
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path, as_root: None) -> Iterator[Path]:
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", disk], capture_output=True).returncode:
-        pytest.skip("cannot mount a tmpfs")
-    yield disk
-    subprocess.run(["umount", disk], check=True)
 
 
 def test_full_disk_is_status_1_and_one_line_and_no_dump_by_its_final_name(

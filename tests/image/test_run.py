@@ -15,7 +15,7 @@ import pytest
 
 from capture.run import LIBRARY, PLAN_VARIABLE
 from tests.image.conftest import Recorded
-from tests.image.machines import DEVICE, LOW, PAGE, RecordedKernel, oldmem, phdrs_of, plugged_spans
+from tests.image.machines import DEVICE, LOW, PAGE, RecordedKernel, copied, device_load, oldmem, plugged_spans
 from tests.pace import patience
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0 or not os.path.exists("/dev/fuse"), reason="needs root and /dev/fuse")
@@ -149,8 +149,7 @@ def test_report_that_cannot_be_written_costs_neither_the_commands_status_nor_wha
     machine = RecordedKernel()
     machine.shrink()
     machine.finish_kernel()
-    (tmp_path / "machine").mkdir()
-    machine.write(tmp_path / "machine")
+    machine.write(made(tmp_path / "machine"))
     cut = f"truncate -s {LOW[1] + 4 * PAGE} {tmp_path}/machine/ram.raw; cat /proc/vmcore >/dev/null; exit"
     for status, expected in ((7, 7), (0, 1)):
         options = ("--report", tmp_path / "nowhere/report")
@@ -208,9 +207,8 @@ def test_image_cut_while_it_is_mapped_costs_what_was_cut_and_is_told(tmp_path: P
     assert len(different) * 4096 <= MIB
 
 
-def test_image_cut_in_the_middle_of_a_page_is_told(small_machine: Recorded, tmp_path: Path) -> None:
-    folder = tmp_path / "machine"
-    subprocess.run(["cp", "-r", "--sparse=always", small_machine.folder, folder], check=True, timeout=60)
+def test_image_cut_in_the_middle_of_a_page_is_told(small_machine: Recorded, saved_small: Path, tmp_path: Path) -> None:
+    folder = copied(small_machine.folder, tmp_path / "machine")
     script = (
         "import os, sys\n"
         "fd = os.open('/proc/vmcore', os.O_RDONLY)\n"
@@ -219,19 +217,17 @@ def test_image_cut_in_the_middle_of_a_page_is_told(small_machine: Recorded, tmp_
         "os.truncate(sys.argv[1], (3 << 20) + 100)\n"
         "os.pread(fd, 4096, int(sys.argv[2]) + (3 << 20))\n"
     )
-    with open(tmp_path / "header", "wb") as file:
-        assert oldmem("header", "--layout", "kernel", "--machine", folder, "-o", file.name).status == 0
-    (device,) = [p for p in phdrs_of((tmp_path / "header").read_bytes()) if p.paddr == DEVICE[0]]
-    where = (folder / "vm0.raw", str(device.offset))
+    where = (folder / "vm0.raw", str(device_load(saved_small).offset))
     done = run(folder, sys.executable, "-c", script, *where, options=("--layout", "kernel"))
     at = DEVICE[0] + (3 << 20)
     line = f"oldmem: warning: {at:#x}-{at + 4095:#x} could not be read and is zeros: Bad address\n"
     assert (done.returncode, done.stderr) == (4, line)
 
 
-def test_every_page_that_is_lost_is_told_in_whatever_order_pages_fail(small_machine: Recorded, tmp_path: Path) -> None:
-    folder = tmp_path / "machine"
-    subprocess.run(["cp", "-r", "--sparse=always", small_machine.folder, folder], check=True, timeout=60)
+def test_every_page_that_is_lost_is_told_in_whatever_order_pages_fail(
+    small_machine: Recorded, saved_small: Path, tmp_path: Path
+) -> None:
+    folder = copied(small_machine.folder, tmp_path / "machine")
     with open(folder / "vm0.raw", "rb") as file:
         assert os.fstat(file.fileno()).st_size >= 32 * 2 * MIB
     script = (
@@ -245,11 +241,8 @@ def test_every_page_that_is_lost_is_told_in_whatever_order_pages_fail(small_mach
         "assert not any(whole[at] for at in pages)\n"
     )
     report = tmp_path / "report.json"
-    with open(tmp_path / "header", "wb") as file:
-        assert oldmem("header", "--layout", "kernel", "--machine", folder, "-o", file.name).status == 0
-    (device,) = [p for p in phdrs_of((tmp_path / "header").read_bytes()) if p.paddr == DEVICE[0]]
     size = 16 * 2 * MIB  # the first 16 blocks are plugged
-    where = (str(device.offset), str(size), folder / "vm0.raw")
+    where = (str(device_load(saved_small).offset), str(size), folder / "vm0.raw")
     options = ("--layout", "kernel", "--report", report)
     done = run(folder, sys.executable, "-c", script, *where, options=options)
     assert done.returncode == 4, done.stderr
@@ -267,8 +260,7 @@ def test_memory_in_too_many_pieces_to_map_at_once_is_read(image_machine: Recorde
     saved = tmp_path / "saved"
     options: tuple[str | Path, ...] = ("--layout", "kernel", "--deny", denied)
     assert oldmem("save", *options, "--machine", image_machine.folder, "-o", saved).status == 0
-    with open(saved, "rb") as file:
-        (device,) = [p for p in phdrs_of(file.read(1 << 16)) if p.paddr == DEVICE[0]]
+    device = device_load(saved)
     script = (
         "import errno, mmap, os, sys\n"
         "ours, theirs = (os.open(p, os.O_RDONLY) for p in sys.argv[1:3])\n"

@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 
 from tests.image.conftest import Recorded
-from tests.image.machines import DEVICE, oldmem, phdrs_of
+from tests.image.machines import DEVICE, copied, device_load
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0 or not os.path.exists("/dev/fuse"), reason="needs root and /dev/fuse")
 
@@ -70,7 +70,7 @@ def test_reader_gets_the_saved_bytes(
 
 def filled(machine: Recorded, folder: Path) -> Path:
     """A copy of the machine whose device has something else in each page."""
-    subprocess.run(["cp", "-r", "--sparse=always", machine.folder, folder], check=True, timeout=60)
+    copied(machine.folder, folder)
     with open(folder / "vm0.raw", "r+b") as file:
         for page in range(64 << 20 >> 12):
             if file.seek(page << 12) >= 0 and not any(file.read(4096)):
@@ -100,13 +100,14 @@ def test_pieces_of_one_read_lie_together_whoever_shares_the_descriptor(
     )
     folder = filled(small_machine, tmp_path / "machine")
     machine = Recorded(folder, small_machine.pages, small_machine.desc)
-    with open(saved_small, "rb") as file:
-        (device,) = [p for p in phdrs_of(file.read(1 << 16)) if p.paddr == DEVICE[0]]
+    device = device_load(saved_small)
     done = run(machine, "/proc/vmcore", sys.executable, "-c", script, str(device.offset))
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_mapping_of_refused_pages_does_not_grow_zeros(small_machine: Recorded, tmp_path: Path) -> None:
+def test_mapping_of_refused_pages_does_not_grow_zeros(
+    small_machine: Recorded, saved_small: Path, tmp_path: Path
+) -> None:
     script = (
         "import ctypes, os, sys\n"
         "libc, at = ctypes.CDLL(None, use_errno=True), int(sys.argv[1])\n"
@@ -120,9 +121,7 @@ def test_mapping_of_refused_pages_does_not_grow_zeros(small_machine: Recorded, t
         "        assert ctypes.string_at(grown, 8192) == os.pread(fd, 8192, offset), offset\n"
     )
     folder = filled(small_machine, tmp_path / "machine")
-    with open(tmp_path / "header", "wb") as file:
-        assert oldmem("header", "--layout", "kernel", "--machine", folder, "-o", file.name).status == 0
-    (device,) = [p for p in phdrs_of((tmp_path / "header").read_bytes()) if p.paddr == DEVICE[0]]
+    device = device_load(saved_small)
     deny = f"{DEVICE[0] + (3 << 20):x}-{DEVICE[0] + (3 << 20) + 4095:x}"
     line: list[Path | str] = [sys.executable, "-m", "capture", "run", "--machine", folder, "--layout", "kernel"]
     line += ["--deny", deny, "--", sys.executable, "-c", script, str(device.offset + (3 << 20))]
@@ -149,8 +148,7 @@ def test_who_outlives_the_command_gets_no_zeros(small_machine: Recorded, saved_s
     )
     folder = filled(small_machine, tmp_path / "machine")
     machine, out = Recorded(folder, small_machine.pages, small_machine.desc), tmp_path / "out"
-    with open(saved_small, "rb") as file:
-        (device,) = [p for p in phdrs_of(file.read(1 << 16)) if p.paddr == DEVICE[0]]
+    device = device_load(saved_small)
     line = line_of(machine, "/proc/vmcore", sys.executable, "-c", script, str(device.offset), out)
     with open(tmp_path / "said", "wb") as said:
         assert subprocess.run(line, stdout=said, stderr=said, timeout=HUNG, check=False).returncode == 0
@@ -281,8 +279,14 @@ def _ends(pid: int) -> bool:
     return not os.path.exists(f"/proc/{pid}")
 
 
-@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT], ids=lambda s: s.name)
-@pytest.mark.parametrize("victim", ["server", "standby", "oldmem run"])
+# what else ends "oldmem run" is passed on to the command
+ENDED = [
+    *((victim, sent) for victim in ("server", "standby") for sent in (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)),
+    ("oldmem run", signal.SIGKILL),
+]
+
+
+@pytest.mark.parametrize(("victim", "sent"), ENDED)
 def test_reader_goes_on_whichever_process_of_ours_is_ended(
     readers: dict[str, Path],
     small_machine: Recorded,
@@ -291,8 +295,6 @@ def test_reader_goes_on_whichever_process_of_ours_is_ended(
     victim: str,
     sent: signal.Signals,
 ) -> None:
-    if victim == "oldmem run" and sent != signal.SIGKILL:
-        pytest.skip("what ends the command is passed on to it")
     vmcore = tmp_path / "vmcore"
     vmcore.write_text("not this")
     go = tmp_path / "go"

@@ -56,40 +56,36 @@ def test_memory_is_read_around_the_kernel_where_dev_mem_opens(monkeypatch: pytes
     assert not live("auto").around_kernel()
 
 
-def test_firmware_memory_is_shown_by_dev_mem_and_its_file_closed_with_the_machine(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    opened = devmem.open_devmem
+@pytest.fixture
+def dev_mem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file of 1 MiB in place of /dev/mem, for a kernel that owns none of it."""
+    opened, memory = devmem.open_devmem, tmp_path / "mem"
+    memory.touch()
+    os.truncate(memory, 1 << 20)
     monkeypatch.setattr(LiveMachine, "own", RangeSet())
-    with tempfile.NamedTemporaryFile() as memory:
-        memory.truncate(1 << 20)
-        monkeypatch.setattr(
-            devmem, "open_devmem", lambda wanted, own, buffers: opened(wanted, own, buffers, path=memory.name)
-        )
-        machine = live("auto")
-        (segment,) = machine.firmware_segments(RangeSet([(0x3000, 0x5000)]))
+    monkeypatch.setattr(
+        devmem, "open_devmem", lambda wanted, own, buffers: opened(wanted, own, buffers, path=str(memory))
+    )
+
+
+def test_firmware_memory_is_shown_by_dev_mem_and_its_file_closed_with_the_machine(dev_mem: None) -> None:
+    machine = live("auto")
+    (segment,) = machine.firmware_segments(RangeSet([(0x3000, 0x5000)]))
     assert (segment.paddr, segment.size, segment.offset) == (0x3000, 0x2000, 0x3000)
     machine.close()
     with pytest.raises(OSError, match="Bad file descriptor"):
         os.fstat(segment.fd)
 
 
-def test_one_descriptor_of_dev_mem_is_kept_however_often_it_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    opened = devmem.open_devmem
-    monkeypatch.setattr(LiveMachine, "own", RangeSet())
-    with tempfile.NamedTemporaryFile() as memory:
-        memory.truncate(1 << 20)
-        monkeypatch.setattr(
-            devmem, "open_devmem", lambda wanted, own, buffers: opened(wanted, own, buffers, path=memory.name)
-        )
-        machine = live("auto")
-        before = len(os.listdir("/proc/self/fd"))
-        segments = [s for at in range(8) for s in machine.firmware_segments(RangeSet([(at << 13, at + 1 << 13)]))]
-        assert len(os.listdir("/proc/self/fd")) == before + 1
-        assert len({s.fd for s in segments}) == 1
-        assert [s.offset for s in segments] == [at << 13 for at in range(8)]
-        machine.close()
-        assert len(os.listdir("/proc/self/fd")) == before
+def test_one_descriptor_of_dev_mem_is_kept_however_often_it_is_read(dev_mem: None) -> None:
+    machine = live("auto")
+    before = len(os.listdir("/proc/self/fd"))
+    segments = [s for at in range(8) for s in machine.firmware_segments(RangeSet([(at << 13, at + 1 << 13)]))]
+    assert len(os.listdir("/proc/self/fd")) == before + 1
+    assert len({s.fd for s in segments}) == 1
+    assert [s.offset for s in segments] == [at << 13 for at in range(8)]
+    machine.close()
+    assert len(os.listdir("/proc/self/fd")) == before
 
 
 def _read_below(read: Callable[[str], SourceReport], folder: str, _: str) -> SourceReport:

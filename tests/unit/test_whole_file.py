@@ -28,18 +28,6 @@ def any_umask(request: pytest.FixtureRequest) -> Iterator[None]:
     os.umask(before)
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    if os.geteuid():
-        pytest.skip("needs root")
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", disk], capture_output=True).returncode:
-        pytest.skip("cannot mount a tmpfs")
-    yield disk
-    subprocess.run(["umount", disk], check=True)
-
-
 @pytest.mark.usefixtures("any_umask")
 def test_only_the_user_may_read_it_whatever_the_umask(tmp_path: Path) -> None:
     whole_file.write(str(tmp_path / "file"), NEW)
